@@ -1,0 +1,59 @@
+# Every target installs what it needs into .venv and .build; nothing is installed anywhere else.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export PYTHONDONTWRITEBYTECODE := 1
+
+.PHONY: help demo test test-long test-clients check format bench lock clean
+
+help: ## List the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
+
+$(VENV)/runtime.stamp: requirements/runtime.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("DICOM Depot needs Python 3.11 or later; set PYTHON=...")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements/runtime.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/dev.stamp: requirements/dev.txt $(VENV)/runtime.stamp
+	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements/dev.txt
+	@touch $@
+
+.PHONY: node
+node: $(VENV)/dev.stamp
+	$(BIN)/python tests/support/install_node_packages.py
+
+demo: $(VENV)/runtime.stamp ## Import synthetic DICOM files, export them through the API, show the result
+	$(BIN)/dicom-depot demo
+
+test: $(VENV)/dev.stamp node ## Run all tests, against real servers that they start themselves
+	$(BIN)/python -m pytest -m "not long"
+
+test-long: $(VENV)/dev.stamp node ## Run the tests that take minutes
+	$(BIN)/python -m pytest -m long
+
+test-clients: $(VENV)/dev.stamp ## Third-party clients from Debian (needs root)
+	$(BIN)/python tests/clients/run.py
+
+check: $(VENV)/dev.stamp ## Lint, types, layers
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/ruff check --quiet .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+format: $(VENV)/dev.stamp ## Format the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix --quiet .
+
+bench: $(VENV)/dev.stamp ## Measure the export engine side by side with its peers
+	$(BIN)/python benchmarks/run.py
+
+lock: $(VENV)/dev.stamp ## Renew the locked dependencies
+	$(BIN)/pip-compile --quiet --strip-extras --generate-hashes --no-emit-index-url --no-emit-find-links \
+	  --no-emit-trusted-host --allow-unsafe --output-file requirements/runtime.txt pyproject.toml
+	$(BIN)/pip-compile --quiet --strip-extras --extra dev --generate-hashes --no-emit-index-url --no-emit-find-links \
+	  --no-emit-trusted-host --allow-unsafe -c requirements/runtime.txt --output-file requirements/dev.txt pyproject.toml
+
+clean: ## Remove what the targets installed
+	rm -rf $(VENV) .build

@@ -1,0 +1,1 @@
+"""The outside technologies, one module each, behind the promises of `ports`."""

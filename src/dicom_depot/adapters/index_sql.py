@@ -1,0 +1,390 @@
+"""The instance index in SQL. Statements are SQLAlchemy Core; the two hot reads are plain text with integers only."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from typing import Any, TypeVar
+
+import sqlalchemy as sa
+from sqlalchemy.dialects.sqlite import insert
+
+from dicom_depot.adapters.database import Database
+from dicom_depot.adapters.schema import counters, instance_metadata, instances, series, studies
+from dicom_depot.domain.export import PlannedInstance
+from dicom_depot.domain.identifiers import InstanceRef, Ref, SeriesRef, StudyRef
+from dicom_depot.domain.instance import InstanceRecord, StoredObject
+from dicom_depot.domain.search import Level, attributes_of
+from dicom_depot.ports import AddOutcome, Cursor, IndexEntry, KnownInstance, SelectionPage
+
+_BATCH = 500
+"""Identifiers in one statement: far below every database's limit of bound parameters."""
+
+_T = TypeVar("_T")
+
+_UINT64 = (1 << 64) - 1
+
+
+class SqlIndex:
+    """`ports.InstanceIndex` on a Database."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def find(self, refs: Sequence[InstanceRef]) -> dict[InstanceRef, KnownInstance]:
+        found: dict[InstanceRef, KnownInstance] = {}
+        with self._database.read() as connection:
+            for batch in _batches(refs):
+                found.update(_find(connection, batch))
+        return found
+
+    def add(self, records: Sequence[InstanceRecord]) -> list[AddOutcome]:
+        if not records:
+            return []
+        with self._database.write() as connection:
+            known = {}
+            for batch in _batches([record.ref for record in records]):
+                known.update(_find(connection, batch))
+            fresh: list[InstanceRecord] = []
+            outcomes: list[AddOutcome] = []
+            for record in records:
+                earlier = known.get(record.ref)
+                if earlier is None:
+                    known[record.ref] = KnownInstance(record.sha256, record.size)
+                    fresh.append(record)
+                    outcomes.append(AddOutcome.STORED)
+                elif earlier.sha256 == record.sha256:
+                    outcomes.append(AddOutcome.ALREADY_THERE)
+                else:
+                    outcomes.append(AddOutcome.CONFLICTING)
+            if fresh:
+                _insert(connection, fresh)
+            return outcomes
+
+    def delete(self, ref: Ref) -> int:
+        with self._database.write() as connection:
+            ids = [row.id for row in connection.execute(_below(ref).where(instances.c.deleted_sequence == 0))]
+            if not ids:
+                return 0
+            first = _take_numbers(connection, len(ids))
+            now = _now()
+            connection.execute(
+                sa.update(instances)
+                .where(instances.c.id == sa.bindparam("row_id"))
+                .values(deleted_sequence=sa.bindparam("number"), deleted_at=now),
+                [{"row_id": id_, "number": first + n} for n, id_ in enumerate(ids)],
+            )
+            return len(ids)
+
+    def sequence(self) -> int:
+        with self._database.read() as connection:
+            return int(
+                connection.execute(sa.select(counters.c.value).where(counters.c.name == "sequence")).scalar_one()
+            )
+
+    def unmatched(self, refs: Sequence[Ref], cutoff: int) -> list[Ref]:
+        matched: set[Ref] = set()
+        with self._database.read() as connection:
+            for batch in _batches(refs):
+                matched.update(_matched(connection, batch, cutoff))
+        return [ref for ref in refs if ref not in matched]
+
+    def select(self, refs: Sequence[Ref] | None, cutoff: int, after: Cursor | None, limit: int) -> SelectionPage:
+        with self._database.read() as connection:
+            if refs is None:
+                return _select_all(connection, cutoff, after, limit)
+            series_ids: list[int] = []
+            single: list[PlannedInstance] = []
+            for batch in _batches(refs):
+                match batch[0]:
+                    case InstanceRef():
+                        single.extend(_select_instances(connection, batch, cutoff))
+                    case _:
+                        series_ids.extend(_series_ids(connection, batch))
+            if single:
+                return SelectionPage(single, None)
+            return _select_series(connection, sorted(series_ids), cutoff, after, limit)
+
+    def totals(self, cutoff: int) -> tuple[int, int]:
+        with self._database.read() as connection:
+            row = connection.execute(
+                sa.select(sa.func.count(), sa.func.coalesce(sa.func.sum(instances.c.size), 0)).where(_visible(cutoff))
+            ).one()
+            return int(row[0]), int(row[1])
+
+    def fetch(self, instance_ids: Sequence[int]) -> list[StoredObject]:
+        found: dict[int, StoredObject] = {}
+        with self._database.read() as connection:
+            for batch in _batches(instance_ids):
+                numbers = ",".join(str(int(id_)) for id_ in batch)
+                rows = connection.exec_driver_sql(
+                    "SELECT i.id, t.study_uid, s.series_uid, i.sop_instance_uid, i.store_key, i.size, i.xxh3"
+                    " FROM instances i JOIN series s ON s.id = i.series_id JOIN studies t ON t.id = s.study_id"
+                    f" WHERE i.id IN ({numbers})"
+                )
+                for id_, study, series_, sop, key, size, xxh3 in rows:
+                    found[id_] = StoredObject(id_, study, series_, sop, key, size, xxh3 & _UINT64)
+        return [found[id_] for id_ in instance_ids if id_ in found]
+
+    def scan(self, after: int, limit: int) -> list[IndexEntry]:
+        statement = (
+            sa.select(
+                instances.c.id,
+                studies.c.study_uid,
+                series.c.series_uid,
+                instances.c.sop_instance_uid,
+                instances.c.store_key,
+                instances.c.size,
+                instances.c.sha256,
+                instances.c.deleted_sequence,
+            )
+            .select_from(instances.join(series).join(studies))
+            .where(instances.c.id > after)
+            .order_by(instances.c.id)
+            .limit(limit)
+        )
+        with self._database.read() as connection:
+            return [
+                IndexEntry(id_, f"{study}/{series_}/{sop}", key, size, sha256, deleted != 0)
+                for id_, study, series_, sop, key, size, sha256, deleted in connection.execute(statement)
+            ]
+
+    def sweepable(self, deleted_before: datetime, oldest_cutoff: int | None, limit: int) -> list[tuple[int, str]]:
+        condition = instances.c.deleted_at < deleted_before.astimezone(UTC).replace(tzinfo=None)
+        if oldest_cutoff is not None:
+            condition &= instances.c.deleted_sequence <= oldest_cutoff
+        statement = sa.select(instances.c.id, instances.c.store_key).where(condition).limit(limit)
+        with self._database.read() as connection:
+            return [(id_, key) for id_, key in connection.execute(statement)]
+
+    def forget(self, instance_ids: Sequence[int]) -> None:
+        with self._database.write() as connection:
+            for batch in _batches(instance_ids):
+                connection.execute(sa.delete(instance_metadata).where(instance_metadata.c.instance_id.in_(batch)))
+                connection.execute(sa.delete(instances).where(instances.c.id.in_(batch)))
+
+
+def _batches(items: Sequence[_T]) -> Iterator[Sequence[_T]]:
+    for start in range(0, len(items), _BATCH):
+        yield items[start : start + _BATCH]
+
+
+def _now() -> datetime:
+    return datetime.now(UTC).replace(tzinfo=None)
+
+
+def _visible(cutoff: int) -> sa.ColumnElement[bool]:
+    """Stored by the cut-off and not deleted by then: what was planned stays, whatever is deleted or replaced later."""
+    return (instances.c.created_sequence <= cutoff) & (
+        (instances.c.deleted_sequence == 0) | (instances.c.deleted_sequence > cutoff)
+    )
+
+
+def _wanted(refs: Sequence[Ref]) -> sa.CTE:
+    """The identifiers as a table to join with."""
+    columns = ("study_uid", "series_uid", "sop_instance_uid")
+    rows: list[tuple[str, ...]] = []
+    for ref in refs:
+        match ref:
+            case StudyRef(study):
+                rows.append((study,))
+            case SeriesRef(study, series_):
+                rows.append((study, series_))
+            case InstanceRef(study, series_, sop):
+                rows.append((study, series_, sop))
+    width = len(rows[0])
+    return sa.values(*(sa.column(name, sa.String) for name in columns[:width]), name="wanted").data(rows).cte("wanted")
+
+
+def _find(connection: sa.Connection, refs: Sequence[InstanceRef]) -> dict[InstanceRef, KnownInstance]:
+    wanted = _wanted(refs)
+    statement = sa.select(wanted, instances.c.sha256, instances.c.size).select_from(
+        wanted.join(studies, studies.c.study_uid == wanted.c.study_uid)
+        .join(series, (series.c.study_id == studies.c.id) & (series.c.series_uid == wanted.c.series_uid))
+        .join(
+            instances,
+            (instances.c.series_id == series.c.id)
+            & (instances.c.sop_instance_uid == wanted.c.sop_instance_uid)
+            & (instances.c.deleted_sequence == 0),
+        )
+    )
+    return {
+        InstanceRef(study, series_, sop): KnownInstance(sha256, size)
+        for study, series_, sop, sha256, size in connection.execute(statement)
+    }
+
+
+def _take_numbers(connection: sa.Connection, count: int) -> int:
+    """Reserve `count` numbers of the sequence and return the first.
+
+    Taken after everything that may block, right before the rows are written: the counter row stays locked until the
+    commit, so numbers become visible in their order.
+    """
+    last = connection.execute(
+        sa.update(counters)
+        .where(counters.c.name == "sequence")
+        .values(value=counters.c.value + count)
+        .returning(counters.c.value)
+    ).scalar_one()
+    return int(last) - count + 1
+
+
+def _insert(connection: sa.Connection, records: Sequence[InstanceRecord]) -> None:
+    study_columns = [attribute.column for attribute in attributes_of(Level.STUDY)]
+    series_columns = [attribute.column for attribute in attributes_of(Level.SERIES)]
+    instance_columns = [attribute.column for attribute in attributes_of(Level.INSTANCE)]
+    by_study = {record.ref.study_uid: record for record in records}
+    study_ids = _upsert(
+        connection,
+        studies,
+        [
+            {"study_uid": uid} | {name: record.header.attributes.get(name) for name in study_columns}
+            for uid, record in by_study.items()
+        ],
+        ("study_uid",),
+        study_columns,
+    )
+    by_series = {(study_ids[record.ref.study_uid,], record.ref.series_uid): record for record in records}
+    series_ids = _upsert(
+        connection,
+        series,
+        [
+            {"study_id": study_id, "series_uid": uid}
+            | {name: record.header.attributes.get(name) for name in series_columns}
+            for (study_id, uid), record in by_series.items()
+        ],
+        ("study_id", "series_uid"),
+        series_columns,
+    )
+    now = _now()
+    first = _take_numbers(connection, len(records))
+    connection.execute(
+        sa.insert(instances),
+        [
+            {
+                "series_id": series_ids[study_ids[record.ref.study_uid,], record.ref.series_uid],
+                "sop_instance_uid": record.ref.sop_instance_uid,
+                "sop_class_uid": record.header.sop_class_uid,
+                "transfer_syntax_uid": record.header.transfer_syntax_uid,
+                "store_key": record.store_key,
+                "size": record.size,
+                "sha256": record.sha256,
+                "xxh3": record.xxh3 - (1 << 64) if record.xxh3 >> 63 else record.xxh3,
+                "stored_at": now,
+                "created_sequence": first + n,
+            }
+            | {name: record.header.attributes.get(name) for name in instance_columns}
+            for n, record in enumerate(records)
+        ],
+    )
+
+
+def _upsert(
+    connection: sa.Connection,
+    table: sa.Table,
+    rows: list[dict[str, Any]],
+    keys: tuple[str, ...],
+    attributes: list[str],
+) -> dict[tuple[Any, ...], int]:
+    """Insert or update study or series rows, and return their ids by key.
+
+    The attributes of a study or series are those of the instance that was stored last.
+    """
+    ids: dict[tuple[Any, ...], int] = {}
+    for batch in _batches(rows):
+        statement = insert(table).values(list(batch))
+        statement = statement.on_conflict_do_update(
+            index_elements=keys, set_={name: statement.excluded[name] for name in attributes}
+        )
+        returned = connection.execute(statement.returning(table.c.id, *(table.c[key] for key in keys)))
+        ids.update((tuple(row[1:]), row[0]) for row in returned)
+    return ids
+
+
+def _below(ref: Ref) -> sa.Select[tuple[int]]:
+    statement = sa.select(instances.c.id).select_from(instances.join(series).join(studies))
+    match ref:
+        case StudyRef(study):
+            return statement.where(studies.c.study_uid == study)
+        case SeriesRef(study, series_):
+            return statement.where(studies.c.study_uid == study, series.c.series_uid == series_)
+        case InstanceRef(study, series_, sop):
+            return statement.where(
+                studies.c.study_uid == study,
+                series.c.series_uid == series_,
+                instances.c.sop_instance_uid == sop,
+            )
+
+
+def _matched(connection: sa.Connection, refs: Sequence[Ref], cutoff: int) -> Iterator[Ref]:
+    for kind in (StudyRef, SeriesRef, InstanceRef):
+        of_kind = [ref for ref in refs if type(ref) is kind]
+        if not of_kind:
+            continue
+        wanted = _wanted(of_kind)
+        tables = wanted.join(studies, studies.c.study_uid == wanted.c.study_uid)
+        on_series = series.c.study_id == studies.c.id
+        condition = instances.c.series_id == series.c.id
+        if kind is not StudyRef:
+            on_series &= series.c.series_uid == wanted.c.series_uid
+        if kind is InstanceRef:
+            condition &= instances.c.sop_instance_uid == wanted.c.sop_instance_uid
+        visible = sa.exists().where(condition, _visible(cutoff)).correlate(series, wanted)
+        statement = sa.select(wanted).distinct().select_from(tables.join(series, on_series)).where(visible)
+        for row in connection.execute(statement):
+            yield kind(*row)
+
+
+def _series_ids(connection: sa.Connection, refs: Sequence[Ref]) -> list[int]:
+    wanted = _wanted(refs)
+    on_series = series.c.study_id == studies.c.id
+    if isinstance(refs[0], SeriesRef):
+        on_series &= series.c.series_uid == wanted.c.series_uid
+    tables = wanted.join(studies, studies.c.study_uid == wanted.c.study_uid).join(series, on_series)
+    return list(connection.execute(sa.select(series.c.id).select_from(tables)).scalars())
+
+
+def _select_instances(connection: sa.Connection, refs: Sequence[Ref], cutoff: int) -> Iterator[PlannedInstance]:
+    wanted = _wanted(refs)
+    tables = (
+        wanted.join(studies, studies.c.study_uid == wanted.c.study_uid)
+        .join(series, (series.c.study_id == studies.c.id) & (series.c.series_uid == wanted.c.series_uid))
+        .join(
+            instances,
+            (instances.c.series_id == series.c.id)
+            & (instances.c.sop_instance_uid == wanted.c.sop_instance_uid)
+            & _visible(cutoff),
+        )
+    )
+    rows = connection.execute(sa.select(instances.c.id, instances.c.size).select_from(tables).order_by(instances.c.id))
+    return (PlannedInstance(id_, size) for id_, size in rows)
+
+
+def _select_series(
+    connection: sa.Connection, series_ids: list[int], cutoff: int, after: Cursor | None, limit: int
+) -> SelectionPage:
+    """Walk the series in order of their internal id, each by SOP instance UID: the order of the unique index."""
+    chosen: list[PlannedInstance] = []
+    start_series, start_sop = after or (0, "")
+    for series_id in series_ids[bisect_left(series_ids, start_series) :]:
+        rows = connection.exec_driver_sql(
+            "SELECT id, size, sop_instance_uid FROM instances"
+            f" WHERE series_id = {series_id:d} AND sop_instance_uid > ? AND created_sequence <= {cutoff:d}"
+            f" AND (deleted_sequence = 0 OR deleted_sequence > {cutoff:d})"
+            f" ORDER BY sop_instance_uid LIMIT {limit - len(chosen):d}",
+            (start_sop if series_id == start_series else "",),
+        ).all()
+        chosen.extend(PlannedInstance(row[0], row[1]) for row in rows)
+        if len(chosen) >= limit:
+            return SelectionPage(chosen, (series_id, rows[-1][2]))
+    return SelectionPage(chosen, None)
+
+
+def _select_all(connection: sa.Connection, cutoff: int, after: Cursor | None, limit: int) -> SelectionPage:
+    rows = connection.exec_driver_sql(
+        f"SELECT id, size FROM instances WHERE id > {after[0] if after else 0:d} AND created_sequence <= {cutoff:d}"
+        f" AND (deleted_sequence = 0 OR deleted_sequence > {cutoff:d}) ORDER BY id LIMIT {limit:d}"
+    ).all()
+    chosen = [PlannedInstance(row[0], row[1]) for row in rows]
+    return SelectionPage(chosen, (chosen[-1].instance_id, "") if len(chosen) == limit else None)

@@ -1,0 +1,41 @@
+"""The command line. Each command is a module; this one only puts them together."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from typing import Annotated
+
+import typer
+
+from dicom_depot.cli import import_command, serve_command, settings_command
+
+app = typer.Typer(
+    name="dicom-depot",
+    help="A DICOM service that exports medical images in bulk.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+for _name, _command in (
+    ("serve", serve_command.serve),
+    ("import", import_command.import_files),
+    ("settings", settings_command.show_settings),
+    ("migrate", settings_command.migrate),
+):
+    app.command(_name)(settings_command.with_setting_flags(_command))
+
+
+@app.callback()
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and end.")] = False,
+) -> None:
+    context.ensure_object(dict)
+    if version:
+        typer.echo(importlib.metadata.version("dicom-depot"))
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point of the `dicom-depot` command."""
+    app()

@@ -1,0 +1,115 @@
+"""`serve`: the HTTP service, with the export engine inside. One parent process keeps one worker process running."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import typer
+from fastapi import FastAPI
+from granian import Granian
+from granian.constants import Interfaces
+from starlette.concurrency import run_in_threadpool
+
+from dicom_depot import config, wiring
+from dicom_depot.adapters.folder_lock import FolderLock
+from dicom_depot.cli.common import ExitCode, err, explained_errors, fail, load_settings
+from dicom_depot.config import CONFIG_VARIABLE, PREFIX, Settings
+from dicom_depot.telemetry import set_up_logging
+from dicom_depot.web.app import create_app
+from dicom_depot.web.context import WebContext
+
+_PARENT_CHECK_SECONDS = 0.5
+
+
+def serve(context: typer.Context) -> None:
+    """Run the service until it is interrupted."""
+    settings = load_settings(context)
+    set_up_logging(settings.log_level)
+    with explained_errors(ExitCode.FAILED):
+        _check_start(settings)
+    port = settings.port or _free_port(settings.host)
+    _export_flags(context, port)
+    address = f"[{settings.host}]" if ":" in settings.host else settings.host
+    err.print(f"DICOM Depot listens on http://{address}:{port}, data in {settings.data_dir}", highlight=False)
+    Granian(
+        "dicom_depot.cli.serve_command:asgi_app",
+        factory=True,
+        address=settings.host,
+        port=port,
+        interface=Interfaces.ASGI,
+        workers=1,
+        respawn_failed_workers=True,
+        log_enabled=settings.log_level == "DEBUG",
+    ).serve()
+
+
+def asgi_app() -> FastAPI:
+    """What the worker process runs; its settings come through the environment."""
+    settings, _ = config.load()
+    set_up_logging(settings.log_level)
+    _end_with_parent()
+
+    @contextlib.asynccontextmanager
+    async def open_context() -> AsyncIterator[WebContext]:
+        service = await run_in_threadpool(wiring.open_service, settings)
+        try:
+            yield WebContext(settings, service.exports, service.index, service.store)
+        finally:
+            await run_in_threadpool(service.close)
+
+    return create_app(open_context)
+
+
+def _check_start(settings: Settings) -> None:
+    """What can be refused is refused here, before a worker process would try again and again."""
+    wiring.prepare_data_folder(settings)
+    lock = FolderLock(settings.data_dir)
+    lock.acquire()
+    try:
+        wiring.check_database(settings)
+    finally:
+        lock.release()
+    with socket.socket(socket.AF_INET6 if ":" in settings.host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((settings.host, settings.port))
+        except OSError as error:
+            fail(
+                f"Cannot listen on {settings.host} port {settings.port}: {error.strerror}. "
+                f"Choose another with --port or {PREFIX}PORT.",
+                ExitCode.FAILED,
+            )
+
+
+def _free_port(host: str) -> int:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def _export_flags(context: typer.Context, port: int) -> None:
+    """Hand the flags on to the worker process."""
+    flags: dict[str, Any] = dict(context.find_root().obj or {})
+    file = flags.pop("config", None)
+    if file is not None:
+        os.environ[CONFIG_VARIABLE] = str(file)
+    for name, value in (flags | {"port": port}).items():
+        os.environ[PREFIX + name.upper()] = str(value)
+
+
+def _end_with_parent() -> None:
+    """End this worker soon after its parent died: nobody would supervise it, and it holds port and data folder."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_PARENT_CHECK_SECONDS)
+        os._exit(1)  # what runs is durable; the next process goes on with it
+
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()

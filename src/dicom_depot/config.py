@@ -1,0 +1,261 @@
+"""Every setting of the service: its unit, default and bounds. The only place that reads the environment.
+
+A setting comes from, in this order: a command line flag, the environment (`DICOM_DEPOT_<NAME>`), a TOML file (named by
+`DICOM_DEPOT_CONFIG` or `--config`), the default.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import unquote, urlsplit
+
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
+
+from dicom_depot.domain.errors import ConfigurationError
+
+PREFIX = "DICOM_DEPOT_"
+CONFIG_VARIABLE = PREFIX + "CONFIG"
+
+_MIB = 1024 * 1024
+
+
+def _default_concurrency() -> int:
+    """Enough to hide latency, few enough for a laptop: 16 on 2 cores, 64 from 8 cores on."""
+    return min(64, 8 * (os.cpu_count() or 1))
+
+
+class Settings(BaseSettings):
+    """The settings of one process. Frozen: they are read once, at the start."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    data_dir: Path = Field(
+        default=Path("dicom-depot-data"),
+        description="Folder of the embedded databases, the key file and the default store.",
+    )
+    host: str = Field(default="127.0.0.1", min_length=1, description="Address that the service listens on.")
+    port: int = Field(default=8080, ge=0, le=65535, description="TCP port that the service listens on; 0 picks one.")
+    public_url: str | None = Field(
+        default=None,
+        description="Base URL under which clients reach the service, for links; default: as each request came.",
+    )
+    database_url: str | None = Field(
+        default=None, description="Index and operations; default: SQLite in the data folder (sqlite:///PATH)."
+    )
+    store_url: str | None = Field(
+        default=None,
+        description="Where instances are stored; default: a folder in the data folder (file:///PATH).",
+    )
+    secret_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
+        default=(),
+        description="Keys that seal secrets, comma separated, each base64 of 32 bytes: the first seals, all open. "
+        "Default: a key file in the data folder.",
+    )
+    export_root: Path | None = Field(
+        default=None, description="Folder below which `file` destinations lie; unset: no such destinations."
+    )
+    export_allowed_endpoints: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(),
+        description="Storage endpoints allowed beside the cloud's own, comma separated, "
+        "e.g. http://127.0.0.1:10000/devstoreaccount1.",
+    )
+    export_allow_anonymous: bool = Field(default=False, description="Allow destinations without a SAS or an identity.")
+    export_content_md5: bool = Field(
+        default=False, description="Send Content-MD5 with each exported instance (slower, costs CPU)."
+    )
+    export_concurrency: int = Field(
+        default_factory=_default_concurrency, ge=1, le=1024, description="Instances copied at the same time."
+    )
+    export_bytes_in_flight: int = Field(
+        default=256 * _MIB,
+        ge=_MIB,
+        le=1 << 40,
+        description="Bytes of instances held in memory by copies, at most.",
+    )
+    export_stream_bytes: int = Field(
+        default=32 * _MIB,
+        ge=_MIB,
+        le=256 * _MIB,
+        description="Instances larger than this are streamed in blocks instead of sent from memory, in bytes.",
+    )
+    export_request_seconds: float = Field(
+        default=120.0,
+        gt=0,
+        le=3600,
+        description="Longest time for one request to the destination, in seconds.",
+    )
+    export_retry_seconds: float = Field(
+        default=3600.0,
+        ge=0,
+        le=30 * 86400,
+        description="How long transient faults are retried without any success before the operation fails, in seconds.",
+    )
+    chunk_instances: int = Field(default=2000, ge=1, le=100_000, description="Instances in one chunk of work, at most.")
+    chunk_bytes: int = Field(
+        default=512 * _MIB,
+        ge=1,
+        le=1 << 40,
+        description="Bytes in one chunk of work (one instance may exceed it).",
+    )
+    max_identifiers: int = Field(
+        default=100_000, ge=1, le=10_000_000, description="Identifiers in one export request, at most."
+    )
+    max_body_bytes: int = Field(default=32 * _MIB, ge=1024, le=1 << 40, description="Bytes of a request body, at most.")
+    operation_retention_days: float = Field(
+        default=30.0, gt=0, le=36500, description="Days that an ended operation and its log lines are kept."
+    )
+    delete_delay_seconds: float = Field(
+        default=3 * 86400.0,
+        ge=0,
+        le=365 * 86400,
+        description="How long bytes of deleted instances are kept before they are swept, in seconds.",
+    )
+    min_free_bytes: int = Field(
+        default=256 * _MIB,
+        ge=0,
+        le=1 << 50,
+        description="Free space that the data folder must have at the start, in bytes.",
+    )
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
+        default="INFO", description="Least severe log line that is written."
+    )
+
+    @field_validator("secret_keys", "export_allowed_endpoints", mode="before")
+    @classmethod
+    def _split_list(cls, value: Any) -> Any:
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @field_validator("log_level", mode="before")
+    @classmethod
+    def _upper(cls, value: Any) -> Any:
+        return value.upper() if isinstance(value, str) else value
+
+    @field_validator("public_url")
+    @classmethod
+    def _http_url(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        parts = urlsplit(value)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+            raise ValueError("it must look like https://host[:port][/path]")
+        return value.rstrip("/")
+
+    @field_validator("export_allowed_endpoints")
+    @classmethod
+    def _endpoints(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for endpoint in value:
+            parts = urlsplit(endpoint)
+            if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.username:
+                raise ValueError("each must look like http://host[:port][/account]")
+        return tuple(endpoint.rstrip("/") for endpoint in value)
+
+    @field_validator("database_url")
+    @classmethod
+    def _sqlite(cls, value: str | None) -> str | None:
+        if value is not None and not value.startswith("sqlite:///"):
+            raise ValueError("only sqlite:///PATH is supported by this version")
+        return value
+
+    @field_validator("store_url")
+    @classmethod
+    def _folder(cls, value: str | None) -> str | None:
+        if value is not None and not value.startswith("file:///"):
+            raise ValueError("only file:///PATH is supported by this version")
+        return value
+
+    @model_validator(mode="after")
+    def _streams_fit_memory(self) -> Settings:
+        if self.export_stream_bytes > self.export_bytes_in_flight:
+            raise ValueError(
+                f"{PREFIX}EXPORT_STREAM_BYTES must not exceed {PREFIX}EXPORT_BYTES_IN_FLIGHT: "
+                "one instance must fit into the bytes in flight"
+            )
+        return self
+
+    @property
+    def database_path(self) -> Path:
+        if self.database_url is not None:
+            return Path(self.database_url.removeprefix("sqlite:///"))
+        return self.data_dir / "depot.sqlite"
+
+    @property
+    def store_path(self) -> Path:
+        if self.store_url is not None:
+            return Path(unquote(urlsplit(self.store_url).path))
+        return self.data_dir / "store"
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (init_settings, env_settings)
+
+
+Source = Literal["flag", "environment", "file", "default"]
+
+
+def load(flags: dict[str, Any] | None = None, config_file: Path | None = None) -> tuple[Settings, dict[str, Source]]:
+    """Read the settings and where each came from.
+
+    Raises ConfigurationError that names the setting, its bounds and the reason; never the value, it may be secret.
+    """
+    given = {name: value for name, value in (flags or {}).items() if value is not None}
+    from_file = _read_file(config_file)
+    in_environment = {
+        name.lower().removeprefix(PREFIX.lower()) for name in os.environ if name.upper().startswith(PREFIX)
+    }
+    sources: dict[str, Source] = {}
+    merged = dict(given)
+    for name in Settings.model_fields:
+        if name in given:
+            sources[name] = "flag"
+        elif name in in_environment:
+            sources[name] = "environment"
+        elif name in from_file:
+            sources[name] = "file"
+            merged[name] = from_file[name]
+        else:
+            sources[name] = "default"
+    try:
+        return Settings(**merged), sources
+    except ValidationError as error:
+        raise ConfigurationError("\n".join(_explained(problem, sources) for problem in error.errors())) from None
+
+
+def _read_file(config_file: Path | None) -> dict[str, Any]:
+    named = os.environ.get(CONFIG_VARIABLE)
+    path = config_file or (Path(named) if named else None)
+    if path is None:
+        return {}
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigurationError(f"The settings file {path} cannot be read: {error.strerror}.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"The settings file {path} is not valid TOML: {error}") from None
+    unknown = sorted(set(content) - set(Settings.model_fields))
+    if unknown:
+        raise ConfigurationError(
+            f"The settings file {path} has unknown settings: {', '.join(unknown)}. `dicom-depot settings` lists all."
+        )
+    return content
+
+
+def _explained(problem: Any, sources: dict[str, Source]) -> str:
+    place = problem["loc"][0] if problem["loc"] else ""
+    if not place:
+        return f"Settings: {problem['msg'].removeprefix('Value error, ')}."
+    field = Settings.model_fields.get(str(place))
+    name = PREFIX + str(place).upper()
+    reason = problem["msg"].removeprefix("Value error, ")
+    meaning = f" ({field.description})" if field is not None and field.description else ""
+    return f"{name} (from {sources.get(str(place), 'flag')}): {reason}.{meaning}"

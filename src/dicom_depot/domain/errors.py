@@ -1,0 +1,151 @@
+"""The one error tree. Each class is a stable code plus a message written for the person who must act.
+
+    DepotError
+    ├── InvalidRequest            the caller's input is wrong; `target` names the place
+    │   ├── InvalidIdentifier     not <study>[/<series>[/<instance>]]
+    │   ├── DestinationRefused    the destination is not allowed, unreachable or not writable
+    │   ├── PayloadTooLarge       a body over its limit
+    │   └── UnsupportedMediaType  a body of the wrong content type
+    ├── NotFound                  unknown operation, study, series or instance
+    ├── Conflict                  the resource is not in a state that allows the request
+    ├── IdempotencyKeyReused      same Idempotency-Key, another specification
+    ├── NotDicom / BrokenInstance a file that cannot be stored, and why
+    ├── StorageFull               no space left where the service keeps its data
+    ├── ServiceUnavailable        a resource of ours is busy or away; trying later may help
+    ├── ConfigurationError        a setting or the data folder prevents the start
+    └── Fault                     an object could not be moved; a value that the copier sorts, see below
+        ├── SourceFault           our own store's side
+        └── DestinationFault      the destination's side
+
+HTTP statuses are not decided here: `web.errors` maps codes to statuses in one table.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class DepotError(Exception):
+    """An error with a stable code. `str(error)` is safe to show: no header values, no secrets."""
+
+    code = "InternalError"
+
+    def __init__(self, message: str, *, target: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.target = target
+
+
+class InvalidRequest(DepotError):
+    """What was asked for is malformed. `target` is the place, e.g. `source.settings.values[3]`."""
+
+    code = "InvalidRequest"
+
+
+class InvalidIdentifier(InvalidRequest):
+    """Not a study, series or instance identifier."""
+
+    code = "InvalidIdentifier"
+
+
+class DestinationRefused(InvalidRequest):
+    """The destination cannot be used as given. The message says what to do."""
+
+    def __init__(self, message: str, *, code: str = "DestinationRefused", target: str | None = None) -> None:
+        super().__init__(message, target=target)
+        self.code = code
+
+
+class PayloadTooLarge(DepotError):
+    """A body is over its limit."""
+
+    code = "PayloadTooLarge"
+
+
+class UnsupportedMediaType(DepotError):
+    """The body's content type is not one that the route reads."""
+
+    code = "UnsupportedMediaType"
+
+
+class NotFound(DepotError):
+    """What the request names does not exist."""
+
+    code = "NotFound"
+
+
+class Conflict(DepotError):
+    """The resource is not in a state that allows the request."""
+
+    code = "Conflict"
+
+
+class IdempotencyKeyReused(DepotError):
+    """The key was used before for another specification."""
+
+    code = "IdempotencyKeyReused"
+
+
+class NotDicom(DepotError):
+    """The bytes are not a DICOM instance."""
+
+    code = "NotDicom"
+
+
+class BrokenInstance(DepotError):
+    """DICOM, but without what storing it needs (its four identifying attributes, valid UIDs)."""
+
+    code = "BrokenInstance"
+
+
+class StorageFull(DepotError):
+    """No space left in the data folder, the store or the database."""
+
+    code = "StorageFull"
+
+
+class ServiceUnavailable(DepotError):
+    """A resource of ours is busy or away."""
+
+    code = "ServiceUnavailable"
+
+
+class ConfigurationError(DepotError):
+    """The process must not start like this."""
+
+    code = "ConfigurationError"
+
+
+class FaultKind(StrEnum):
+    """What a fault means for the export (the rules of docs/explanation/exactness.md)."""
+
+    INSTANCE = "instance"
+    """Only this instance cannot be copied: it is skipped, with the fault's code."""
+    TRANSIENT = "transient"
+    """May pass: retried with back-off, never a skip."""
+    PERMANENT = "permanent"
+    """Nothing more can be copied: the operation fails with the fault's message."""
+
+
+class Fault(DepotError):
+    """An object could not be read or written. Transient or permanent is decided in the adapter, once."""
+
+    side = "unknown"
+
+    def __init__(self, code: str, message: str, kind: FaultKind, *, retry_after_seconds: float | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+        self.kind = kind
+        self.retry_after_seconds = retry_after_seconds
+
+
+class SourceFault(Fault):
+    """Our own store could not give the bytes that the index promises."""
+
+    side = "source"
+
+
+class DestinationFault(Fault):
+    """The destination did not take an object."""
+
+    side = "destination"

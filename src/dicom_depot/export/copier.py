@@ -1,0 +1,276 @@
+"""The hot loop: one chunk of instances from the store to the destination, many at once, within bounds.
+
+`copy_chunk` is a plain function. A failed instance is a value in its outcome, never an exception. The threads and the
+bytes in flight belong to a `CopyPool` that all chunks of a process share, so that one chunk's tail overlaps with the
+next one's start.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from queue import SimpleQueue
+
+from xxhash import xxh3_64, xxh3_64_intdigest
+
+from dicom_depot.domain.errors import Fault, FaultKind, SourceFault
+from dicom_depot.domain.export import ChunkOutcome, ExportFailure, instance_key
+from dicom_depot.domain.instance import StoredObject
+from dicom_depot.domain.operation import OperationId
+from dicom_depot.ports import BlobStore, Destination
+
+STREAM_BLOCK_BYTES = 4 * 1024 * 1024
+
+_BACK_OFF_FIRST_SECONDS = 0.2
+_BACK_OFF_MAX_SECONDS = 15.0
+_STOP_GRACE_SECONDS = 2.0
+
+
+class CopyPool:
+    """What a process may use for copying, shared by all its chunks.
+
+    concurrency: instances copied at the same time. bytes_in_flight: bytes of instances held in memory at most.
+    stream_bytes: an instance larger than this is streamed, and counted with this many bytes.
+    chunks: chunks that may run at the same time.
+
+    There are `concurrency` slots, each good for its share of the bytes; a large instance takes several. A copy holds
+    slots only while it moves bytes: an export that waits for its destination to come back does not hold up another.
+    """
+
+    def __init__(self, concurrency: int, bytes_in_flight: int, stream_bytes: int, chunks: int) -> None:
+        self.concurrency = concurrency
+        self.stream_bytes = stream_bytes
+        self._slot_bytes = max(1, bytes_in_flight // concurrency)
+        self._slots: SimpleQueue[None] = SimpleQueue()
+        for _ in range(concurrency):
+            self._slots.put(None)
+        self._taking_several = threading.Lock()
+        self._executor = ThreadPoolExecutor(concurrency * chunks, thread_name_prefix="copy")
+
+    def submit(self, lane: Callable[[], None]) -> Future[None]:
+        return self._executor.submit(lane)
+
+    def take(self, size: int) -> int:
+        """Wait for room for `size` bytes; returns the number of slots, to be given back."""
+        if size <= self._slot_bytes:
+            self._slots.get()
+            return 1
+        count = min(self.concurrency, -(-size // self._slot_bytes))
+        with self._taking_several:  # two that each hold a part would wait for each other
+            for _ in range(count):
+                self._slots.get()
+        return count
+
+    def give_back(self, count: int) -> None:
+        for _ in range(count):
+            self._slots.put(None)
+
+    def close(self) -> None:
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+
+@dataclass(slots=True)
+class ExportWatch:
+    """What the chunks of one operation share in a process: the order to stop, and when something last succeeded.
+
+    Transient faults are retried until nothing has succeeded for `retry_seconds`.
+    """
+
+    retry_seconds: float
+    stop: threading.Event = field(default_factory=threading.Event)
+    last_success: float = field(default_factory=time.monotonic)
+
+    def wait_before_retry(self, fault: Fault, tries: int) -> None:
+        """Sleep with growing, jittered back-off, or as long as the other side asked; end early when stopped.
+
+        Raises a permanent fault when it is time to give up.
+        """
+        quiet = time.monotonic() - self.last_success
+        if quiet >= self.retry_seconds:
+            raise type(fault)(
+                f"{fault.side.capitalize()}Unavailable",
+                f"Nothing could be copied for {quiet:.0f} seconds; the last fault was {fault.code}: {fault.message}",
+                FaultKind.PERMANENT,
+            )
+        pause = min(_BACK_OFF_MAX_SECONDS, _BACK_OFF_FIRST_SECONDS * 2 ** min(tries, 16))
+        pause = pause * random.uniform(0.5, 1.0)
+        if fault.retry_after_seconds is not None:
+            pause = max(pause, min(fault.retry_after_seconds, 300.0))
+        self.stop.wait(max(0.0, min(pause, self.retry_seconds - quiet)))
+
+
+@dataclass(slots=True)
+class _Chunk:
+    """One chunk while its lanes copy it. Lists are only appended to, which is atomic."""
+
+    operation_id: OperationId
+    objects: Sequence[StoredObject]
+    store: BlobStore
+    destination: Destination
+    pool: CopyPool
+    watch: ExportWatch
+    next_position: Iterator[int] = field(default_factory=itertools.count)
+    done: list[int] = field(default_factory=list)
+    failures: list[ExportFailure] = field(default_factory=list)
+    fatal: list[BaseException] = field(default_factory=list)
+
+
+def copy_chunk(
+    operation_id: OperationId,
+    objects: Sequence[StoredObject],
+    store: BlobStore,
+    destination: Destination,
+    pool: CopyPool,
+    watch: ExportWatch,
+) -> tuple[ChunkOutcome, Fault | None]:
+    """Copy `objects`, and return what became of them and the permanent fault that ended it early, if one did.
+
+    Everything that the outcome counts as exported is durable at the destination. When `watch.stop` is set, copies in
+    flight get two seconds to end; those that do not are not counted, although their object may still appear.
+    Exceptions other than faults are errors of ours and are raised.
+    """
+    tries = 0
+    while True:
+        chunk = _Chunk(operation_id, objects, store, destination, pool, watch)
+        _run_lanes(chunk)
+        fault = next(iter(chunk.fatal), None)
+        if fault is not None and not isinstance(fault, Fault):
+            raise fault
+        try:
+            _flush(chunk)
+        except Fault as flush_fault:
+            # What was not flushed may be lost, and flushing again would not bring it back: all of it is written anew.
+            chunk.done.clear()
+            if flush_fault.kind is not FaultKind.TRANSIENT or watch.stop.is_set():
+                fault = fault or flush_fault
+                break
+            try:
+                watch.wait_before_retry(flush_fault, tries)
+            except Fault as final:
+                fault = final
+                break
+            tries += 1
+        else:
+            break
+    done = sorted(chunk.done)
+    outcome = ChunkOutcome(
+        exported=len(done),
+        bytes_exported=sum(objects[position].size for position in done),
+        failures=sorted(chunk.failures),
+        is_complete=len(done) + len(chunk.failures) == len(objects),
+    )
+    return outcome, fault
+
+
+def _run_lanes(chunk: _Chunk) -> None:
+    """Copy until the chunk is used up or must stop; on a stop, hanging copies are left behind and not counted."""
+    lanes = [chunk.pool.submit(lambda: _lane(chunk)) for _ in range(min(chunk.pool.concurrency, len(chunk.objects)))]
+    pending: set[Future[None]] = set(lanes)
+    while pending and not chunk.watch.stop.is_set():
+        pending = wait(pending, timeout=0.25).not_done
+    if pending:
+        for lane in pending:
+            lane.cancel()
+        wait(pending, timeout=_STOP_GRACE_SECONDS)
+        chunk.done, chunk.failures = list(chunk.done), list(chunk.failures)
+
+
+def _lane(chunk: _Chunk) -> None:
+    """Copy one instance after the other until the chunk is used up or must stop."""
+    objects, stop, watch = chunk.objects, chunk.watch.stop, chunk.watch
+    done, failures = chunk.done, chunk.failures  # a lane left behind goes on with these, which nobody reads then
+    for position in chunk.next_position:
+        if position >= len(objects) or stop.is_set() or chunk.fatal:
+            return
+        stored = objects[position]
+        try:
+            if _copy_with_retries(chunk, stored):
+                watch.last_success = time.monotonic()
+                done.append(position)
+        except Fault as fault:
+            if fault.kind is FaultKind.INSTANCE:
+                error = f"{fault.code}: {fault.message}"
+                failure = ExportFailure(position, stored.identifier, fault.code, error, datetime.now(UTC))
+                failures.append(failure)
+            else:
+                chunk.fatal.append(fault)
+        except BaseException as error:
+            chunk.fatal.append(error)
+
+
+def _copy_with_retries(chunk: _Chunk, stored: StoredObject) -> bool:
+    """Copy one instance; false when it was stopped before it could be."""
+    tries = 0
+    while not (chunk.watch.stop.is_set() or chunk.fatal):
+        try:
+            _copy(chunk, stored)
+        except Fault as fault:
+            if fault.kind is not FaultKind.TRANSIENT:
+                raise
+            chunk.watch.wait_before_retry(fault, tries)
+            tries += 1
+        except _Stopped:
+            return False
+        else:
+            return True
+    return False
+
+
+def _copy(chunk: _Chunk, stored: StoredObject) -> None:
+    key = instance_key(chunk.operation_id, stored.study_uid, stored.series_uid, stored.sop_instance_uid)
+    is_streamed = stored.size > chunk.pool.stream_bytes
+    slots = chunk.pool.take(chunk.pool.stream_bytes if is_streamed else stored.size)
+    try:
+        if is_streamed:
+            chunk.destination.put_stream(key, _verified_blocks(chunk, stored), stored.size)
+            return
+        content = chunk.store.read(stored.store_key)
+        if xxh3_64_intdigest(content) != stored.xxh3 or len(content) != stored.size:
+            raise _corrupt()
+        chunk.destination.put(key, content)
+    finally:
+        chunk.pool.give_back(slots)
+
+
+class _Stopped(Exception):
+    """Ends an upload from inside its own stream, so that nothing of it becomes visible."""
+
+
+def _verified_blocks(chunk: _Chunk, stored: StoredObject) -> Iterator[bytes]:
+    """The object in blocks. The last is handed on only when the whole has the checksum that the index promises, so
+    that an upload of anything else is never committed.
+    """
+    digest, size, held = xxh3_64(), 0, b""
+    for block in chunk.store.stream(stored.store_key, STREAM_BLOCK_BYTES):
+        if chunk.watch.stop.is_set():
+            raise _Stopped
+        if held:
+            yield held
+        digest.update(block)
+        size += len(block)
+        held = block
+    if size != stored.size or digest.intdigest() != stored.xxh3:
+        raise _corrupt()
+    yield held
+
+
+def _corrupt() -> SourceFault:
+    return SourceFault(
+        "SourceCorrupt",
+        "the stored bytes are not those that were stored (checksum differs); run `dicom-depot check`.",
+        FaultKind.INSTANCE,
+    )
+
+
+def _flush(chunk: _Chunk) -> None:
+    """Make what was copied durable."""
+    stored = (chunk.objects[position] for position in chunk.done)
+    chunk.destination.flush(
+        instance_key(chunk.operation_id, each.study_uid, each.series_uid, each.sop_instance_uid) for each in stored
+    )

@@ -1,0 +1,100 @@
+"""errors.log: one JSON object a line for each skipped instance or identifier, made from committed chunks only.
+
+The log is rewritten as a whole, ordered by chunk and position, so that it holds each failure once however often a
+chunk ran. While the operation runs it is rewritten when the failures grew by a quarter or 30 seconds passed, as long as
+it is small; in any case once at the end, before the terminal status becomes visible.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+from dicom_depot.domain.errors import DestinationFault
+from dicom_depot.domain.export import ExportFailure, log_key
+from dicom_depot.domain.operation import OperationId
+from dicom_depot.ports import Destination, LogOutdated, OperationStore
+
+_log = logging.getLogger(__name__)
+
+REFRESH_SECONDS = 30.0
+REFRESH_GROWTH = 1.25
+REFRESH_BYTES_MAX = 16 * 1024 * 1024
+_LINES_IN_PAGE = 5000
+
+
+def log_line(failure: ExportFailure) -> bytes:
+    """One line, with the keys and their order as the DICOM service writes them."""
+    content = {
+        "timestamp": failure.occurred_at.isoformat(timespec="microseconds"),
+        "identifier": failure.identifier,
+        "error": failure.error,
+    }
+    return json.dumps(content, ensure_ascii=False).encode() + b"\n"
+
+
+@dataclass(slots=True)
+class _Counted:
+    """The log's blocks, counted as they pass."""
+
+    operations: OperationStore
+    operation_id: OperationId
+    lines: int = 0
+    size: int = 0
+
+    def __iter__(self) -> Iterator[bytes]:
+        after = (-1, -1)
+        while page := self.operations.failures(self.operation_id, after, _LINES_IN_PAGE):
+            block = b"".join(log_line(failure) for _, failure in page)
+            self.lines += len(page)
+            self.size += len(block)
+            yield block
+            after = (page[-1][0], page[-1][1].position)
+
+
+@dataclass(slots=True)
+class ErrorLog:
+    """The log of one operation."""
+
+    operations: OperationStore
+    operation_id: OperationId
+    destination: Destination
+    _one_at_a_time: threading.Lock = field(default_factory=threading.Lock)
+
+    def refresh(self) -> None:
+        """Rewrite the log if that is due. A fault only delays it."""
+        with self._one_at_a_time:
+            state = self.operations.log_state(self.operation_id)
+            age = (datetime.now(UTC) - state.written_at).total_seconds()
+            has_grown = state.failures >= REFRESH_GROWTH * state.lines_written
+            if (
+                state.failures == state.lines_written
+                or state.bytes_written > REFRESH_BYTES_MAX
+                or not (has_grown or age >= REFRESH_SECONDS)
+            ):
+                return
+            try:
+                self._write(state.etag)
+            except (DestinationFault, LogOutdated) as error:
+                _log.warning("errors.log of %s could not be refreshed: %s", self.operation_id, error)
+
+    def complete(self) -> None:
+        """Write the log as it stays. Raises DestinationFault."""
+        with self._one_at_a_time:
+            state = self.operations.log_state(self.operation_id)
+            if state.failures == 0 and state.lines_written == 0:
+                return  # created empty when the operation started
+            try:
+                self._write(state.etag)
+            except LogOutdated:
+                # A write whose ETag was lost with its process. This one is the last, so it replaces what is there.
+                self._write(None)
+
+    def _write(self, etag: str | None) -> None:
+        blocks = _Counted(self.operations, self.operation_id)
+        new_etag = self.destination.write_log(log_key(self.operation_id), blocks, if_match=etag)
+        self.operations.save_log_state(self.operation_id, new_etag, blocks.lines, blocks.size)

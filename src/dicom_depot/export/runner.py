@@ -1,0 +1,269 @@
+"""The durable steps of an operation: plan a page, run a chunk, finish. Each may run twice, or stop anywhere and run
+again, without changing how the operation ends. The engine decides when they run; this module what they do.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
+
+from dicom_depot.domain.errors import (
+    DepotError,
+    Fault,
+    FaultKind,
+    NotFound,
+    ServiceUnavailable,
+    StorageFull,
+)
+from dicom_depot.domain.export import DestinationSpec
+from dicom_depot.domain.operation import OperationError, OperationId, OperationStatus
+from dicom_depot.export.copier import CopyPool, ExportWatch, copy_chunk
+from dicom_depot.export.error_log import ErrorLog
+from dicom_depot.export.planner import Planner
+from dicom_depot.ports import (
+    BlobStore,
+    Destination,
+    DestinationFactory,
+    InstanceIndex,
+    OperationStore,
+    SecretBox,
+)
+
+_log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+
+WATCH_SECONDS = 0.5
+_OWN_TROUBLE_PAUSE_SECONDS = 5.0
+
+
+class StepResult(NamedTuple):
+    """What follows from a step: chunks to queue, and whether only the finish is missing."""
+
+    queue: list[int]
+    is_settled: bool
+
+
+@dataclass(slots=True)
+class _OpenExport:
+    """What the steps of one running operation share in this process."""
+
+    destination: Destination
+    watch: ExportWatch
+    log: ErrorLog
+
+
+class ExportRunner:
+    """Runs the steps of operations. One per process; safe for many threads."""
+
+    def __init__(
+        self,
+        *,
+        index: InstanceIndex,
+        operations: OperationStore,
+        store: BlobStore,
+        destinations: DestinationFactory,
+        secrets: SecretBox,
+        planner: Planner,
+        pool: CopyPool,
+        retry_seconds: float,
+        window: int,
+    ) -> None:
+        """window: chunks of one operation that may be queued or running at the same time."""
+        self._index = index
+        self._operations = operations
+        self._store = store
+        self._destinations = destinations
+        self._secrets = secrets
+        self._planner = planner
+        self._pool = pool
+        self._retry_seconds = retry_seconds
+        self._window = window
+        self._open: dict[OperationId, _OpenExport] = {}
+        self._opening = threading.Lock()
+        self._closed = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, name="export-watch", daemon=True)
+        self._watcher.start()
+
+    def begin(self, operation_id: OperationId) -> StepResult:
+        """Set a new operation running, or find where one that was interrupted stands."""
+        self._operations.begin(operation_id)
+        queue = self._operations.runnable(operation_id, self._window)
+        return StepResult(queue, self._operations.is_settled(operation_id))
+
+    def plan(self, operation_id: OperationId) -> StepResult | None:
+        """Plan one page; None when there is nothing more to plan."""
+
+        def page() -> StepResult | None:
+            first = self._planner.plan_page(operation_id)
+            if first is None:
+                return None
+            queue = self._operations.runnable(operation_id, self._window, first)
+            return StepResult(queue, self._operations.is_settled(operation_id))
+
+        return self._guarded(operation_id, page, None)
+
+    def run_chunk(self, operation_id: OperationId, number: int) -> StepResult:
+        """Copy one chunk and account for it."""
+        nothing: list[int] = []
+        queue = self._guarded(operation_id, lambda: self._run_chunk(operation_id, number), nothing)
+        return StepResult(queue, self.is_settled(operation_id))
+
+    def is_settled(self, operation_id: OperationId) -> bool:
+        """Whether only `finish` is missing."""
+        return self._guarded(operation_id, lambda: self._operations.is_settled(operation_id), False)
+
+    def finish(self, operation_id: OperationId) -> None:
+        """Complete the log, then enter the terminal state and erase the secret."""
+        self._guarded(operation_id, lambda: self._finish(operation_id), None)
+
+    def stop(self, operation_id: OperationId) -> None:
+        """Let the copies of an operation in this process stop now, instead of when the watch notices."""
+        opened = self._open.get(operation_id)
+        if opened is not None:
+            opened.watch.stop.set()
+
+    def close(self) -> None:
+        """Stop all copies without ending their operations: they go on in the next process."""
+        self._closed.set()
+        for opened in list(self._open.values()):
+            opened.watch.stop.set()
+        self._pool.close()
+
+    def _run_chunk(self, operation_id: OperationId, number: int) -> list[int]:
+        chunk = self._operations.claim_chunk(operation_id, number)
+        if chunk is not None:
+            opened = self._opened(operation_id)
+            objects = self._index.fetch(chunk.instance_ids)
+            if len(objects) != len(chunk.instance_ids):
+                raise RuntimeError("index rows of planned instances are missing")
+            outcome, fault = copy_chunk(
+                operation_id, objects, self._store, opened.destination, self._pool, opened.watch
+            )
+            if self._closed.is_set() and not outcome.is_complete:
+                raise Interrupted
+            if fault is not None:
+                self._fail(operation_id, OperationError(fault.code, fault.message))
+            self._operations.commit_chunk(chunk, outcome)
+            if outcome.failures and outcome.is_complete:
+                opened.log.refresh()
+        following = number + self._window
+        return self._operations.runnable(operation_id, self._window, following, following)
+
+    def _finish(self, operation_id: OperationId) -> None:
+        if not self._operations.is_settled(operation_id):
+            return
+        if self._operations.get(operation_id).skipped:
+            try:
+                self._complete_log(operation_id)
+            except DepotError as error:
+                # Without its log an operation has not succeeded; one that failed or was canceled ends all the same.
+                self._fail(operation_id, OperationError(error.code, error.message))
+        operation = self._operations.finish(operation_id)
+        with self._opening:
+            opened = self._open.pop(operation_id, None)
+        if opened is not None:
+            opened.destination.close()
+        _log.info(
+            "operation %s ended: %s, %d exported, %d skipped of %d, %d bytes%s",
+            operation_id,
+            operation.status,
+            operation.exported,
+            operation.skipped,
+            operation.total,
+            operation.bytes_exported,
+            f" ({operation.error.code})" if operation.error else "",
+        )
+
+    def _complete_log(self, operation_id: OperationId) -> None:
+        opened = self._opened(operation_id)
+        tries = 0
+        while True:
+            try:
+                opened.log.complete()
+            except Fault as fault:
+                is_ending = self._operations.get(operation_id).status is not OperationStatus.RUNNING
+                if fault.kind is not FaultKind.TRANSIENT or (is_ending and tries >= 3):
+                    raise
+                opened.watch.wait_before_retry(fault, tries)
+                tries += 1
+                if self._closed.is_set():
+                    raise Interrupted from None
+            else:
+                return
+
+    def _fail(self, operation_id: OperationId, error: OperationError) -> None:
+        self._operations.stop(operation_id, OperationStatus.FAILING, error)
+        self.stop(operation_id)
+
+    def _opened(self, operation_id: OperationId) -> _OpenExport:
+        with self._opening:
+            opened = self._open.get(operation_id)
+            if opened is None:
+                destination = self._destinations.open(self._destination_spec(operation_id))
+                log = ErrorLog(self._operations, operation_id, destination)
+                opened = _OpenExport(destination, ExportWatch(self._retry_seconds), log)
+                self._open[operation_id] = opened
+            return opened
+
+    def _destination_spec(self, operation_id: OperationId) -> DestinationSpec:
+        recorded = self._operations.get(operation_id).destination
+        sealed = self._operations.sealed_secret(operation_id)
+        secret = None if sealed is None else self._secrets.open(sealed, operation_id)
+        public = recorded["public"]
+        assert isinstance(public, dict)
+        return DestinationSpec(str(recorded["type"]), public, secret)
+
+    def _guarded(self, operation_id: OperationId, step: Callable[[], _T], otherwise: _T) -> _T:
+        """Run a step. Trouble of ours that may pass (a busy or full database) is waited out; an error that no rule
+        covers fails the operation, with the whole story in the service's log, instead of leaving it hanging.
+        """
+        while True:
+            try:
+                return step()
+            except NotFound:
+                return otherwise  # the operation was purged
+            except (ServiceUnavailable, StorageFull) as error:
+                _log.error("operation %s waits: %s", operation_id, error)
+                if self._closed.wait(_OWN_TROUBLE_PAUSE_SECONDS):
+                    raise Interrupted from error
+            except Interrupted:
+                raise
+            except DepotError as error:
+                self._fail(operation_id, OperationError(error.code, error.message))
+                return otherwise
+            except Exception:
+                if self._closed.is_set():
+                    raise
+                _log.exception("operation %s fails because of an error of the service", operation_id)
+                self._fail(
+                    operation_id,
+                    OperationError("InternalError", "An error of the service; its log has the details."),
+                )
+                return otherwise
+
+    def _watch(self) -> None:
+        """Pass on the order to stop to the copies of operations that no longer run."""
+        while not self._closed.wait(WATCH_SECONDS):
+            try:
+                self._stop_copies()
+            except Exception:
+                _log.exception("the watch over running operations could not look; it tries again")
+
+    def _stop_copies(self) -> None:
+        open_ids = [id_ for id_, opened in list(self._open.items()) if not opened.watch.stop.is_set()]
+        if open_ids:
+            statuses = self._operations.statuses(open_ids)
+            for operation_id in open_ids:
+                if statuses.get(operation_id) is not OperationStatus.RUNNING:
+                    self.stop(operation_id)
+
+
+class Interrupted(BaseException):
+    """This process is shutting down in the middle of a step; the next one runs the step again.
+
+    Not an Exception, so that nothing takes it for the step's failure.
+    """

@@ -1,0 +1,151 @@
+"""What callers can do with exports: start, dry-run, look up, list, cancel."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from datetime import datetime
+
+from dicom_depot.domain.errors import (
+    Conflict,
+    DestinationFault,
+    DestinationRefused,
+    FaultKind,
+    InvalidRequest,
+)
+from dicom_depot.domain.export import ExportSpecification, log_key
+from dicom_depot.domain.operation import Operation, OperationId, OperationStatus, new_operation_id
+from dicom_depot.export.planner import DryRun, Planner
+from dicom_depot.export.runner import ExportRunner
+from dicom_depot.ports import (
+    Destination,
+    DestinationFactory,
+    DurableEngine,
+    InstanceIndex,
+    LogOutdated,
+    NewOperation,
+    OperationStore,
+    SecretBox,
+)
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class ExportService:
+    """The export API without HTTP."""
+
+    index: InstanceIndex
+    operations: OperationStore
+    destinations: DestinationFactory
+    secrets: SecretBox
+    planner: Planner
+    runner: ExportRunner
+    engine: DurableEngine
+    identifiers_max: int
+
+    def start(self, specification: ExportSpecification, idempotency_key: str | None = None) -> Operation:
+        """Record and begin an export. When this returns, the operation will run to its end, whatever dies.
+
+        Raises InvalidRequest, DestinationRefused (both before anything remains anywhere), IdempotencyKeyReused.
+        """
+        self._check(specification)
+        fingerprint = specification.fingerprint()
+        if idempotency_key is not None:
+            earlier = self.operations.find_by_key(idempotency_key, fingerprint)
+            if earlier is not None:
+                return earlier
+        operation_id = new_operation_id()
+        spec = specification.destination
+        key = log_key(operation_id)
+        destination = self.destinations.open(spec)
+        try:
+            etag = _prove_writable(destination, key)
+            try:
+                operation = self.operations.create(
+                    NewOperation(
+                        id=operation_id,
+                        cutoff=self.index.sequence(),
+                        identifiers=None
+                        if specification.identifiers is None
+                        else [str(ref) for ref in specification.identifiers],
+                        destination={"type": spec.type, "public": dict(spec.public)},
+                        sealed_secret=None if spec.secret is None else self.secrets.seal(spec.secret, operation_id),
+                        log_href=self.destinations.log_href(spec, key),
+                        log_etag=etag,
+                        fingerprint=fingerprint,
+                        idempotency_key=idempotency_key,
+                    )
+                )
+            except BaseException:
+                destination.remove_log(key)
+                raise
+            if operation.id != operation_id:  # two requests with one key at once: the other one won
+                destination.remove_log(key)
+        finally:
+            destination.close()
+        _log.info("operation %s recorded: export to %s", operation.id, spec.type)
+        self.engine.start(operation.id)
+        return operation
+
+    def dry_run(self, specification: ExportSpecification) -> DryRun:
+        """Count what an export would copy now; starts and writes nothing."""
+        self._check(specification)
+        return self.planner.dry_run(specification.identifiers)
+
+    def get(self, operation_id: OperationId) -> Operation:
+        """Raises NotFound."""
+        return self.operations.get(operation_id)
+
+    def page(
+        self, limit: int, before: tuple[datetime, str] | None, status: frozenset[OperationStatus] | None
+    ) -> list[Operation]:
+        """Operations, newest first."""
+        return self.operations.page(limit, before, status)
+
+    def cancel(self, operation_id: OperationId) -> Operation:
+        """Order an operation to stop. Idempotent; raises Conflict when it ended otherwise, NotFound."""
+        operation = self.operations.stop(operation_id, OperationStatus.CANCELING, None)
+        match operation.status:
+            case OperationStatus.CANCELING:
+                self.runner.stop(operation_id)
+                self.engine.settle(operation_id)
+            case OperationStatus.CANCELED:
+                pass
+            case OperationStatus.FAILING:
+                raise Conflict("The operation is failing already and will end as failed.", target="operationId")
+            case _:
+                raise Conflict(
+                    f"The operation ended already as {operation.status}; only a running one can be canceled.",
+                    target="operationId",
+                )
+        return operation
+
+    def _check(self, specification: ExportSpecification) -> None:
+        identifiers = specification.identifiers
+        if identifiers is not None and len(identifiers) > self.identifiers_max:
+            raise InvalidRequest(
+                f"{len(identifiers)} identifiers were given; at most {self.identifiers_max} are allowed in one export. "
+                "Split the list, or name studies instead of their instances.",
+                target="source.settings.values",
+            )
+
+
+def _prove_writable(destination: Destination, key: str) -> str | None:
+    """Create the error log and overwrite it: this needs exactly the rights that the export will need.
+
+    Returns the log's ETag. Raises DestinationRefused, having removed the log where that was allowed.
+    """
+    etag = None
+    try:
+        etag = destination.create_log(key)
+        return destination.write_log(key, (), if_match=etag)
+    except LogOutdated:
+        raise DestinationRefused(
+            "The destination changed the error log by itself right after it was created; it cannot be used.",
+            target="destination",
+        ) from None
+    except DestinationFault as fault:
+        if etag is not None or fault.kind is FaultKind.TRANSIENT:
+            destination.remove_log(key)  # a request that failed without an answer may have been carried out
+        raise DestinationRefused(fault.message, code=fault.code, target="destination.settings") from None

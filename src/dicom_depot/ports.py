@@ -1,0 +1,399 @@
+"""The promises between the domain and the outside world. Each docstring states effect, idempotence and errors once;
+the adapters that keep them stay silent. `testing.contracts` checks every promise against every adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from typing import NamedTuple, Protocol
+
+from dicom_depot.domain.export import (
+    ChunkOutcome,
+    ClaimedChunk,
+    DestinationSpec,
+    ExportFailure,
+    PlannedChunk,
+    PlannedInstance,
+)
+from dicom_depot.domain.identifiers import InstanceRef, Ref
+from dicom_depot.domain.instance import InstanceRecord, StoredObject
+from dicom_depot.domain.operation import Operation, OperationError, OperationId, OperationStatus
+
+
+class StoreEntry(NamedTuple):
+    """One object found in the store: key, size in bytes, time of last change (seconds since the epoch)."""
+
+    key: str
+    size: int
+    modified_at: float
+
+
+class BlobStore(Protocol):
+    """The service's own store: immutable objects under random keys that are never reused."""
+
+    def new_keys(self, count: int) -> list[str]:
+        """Return fresh random keys that lie near each other, so that making them durable together is cheap."""
+        ...
+
+    def put(self, key: str, blocks: Iterable[bytes]) -> None:
+        """Write one object. Whole or absent, never partial; not yet durable.
+
+        Raises StorageFull (nothing remains), SourceFault.
+        """
+        ...
+
+    def make_durable(self, keys: Sequence[str]) -> None:
+        """Return once these objects would survive a power cut. Idempotent; after an error they must be put again."""
+        ...
+
+    def read(self, key: str) -> bytes:
+        """The object's bytes. Raises SourceFault: INSTANCE when this object is gone, TRANSIENT when the store is away."""
+        ...
+
+    def stream(self, key: str, block_bytes: int) -> Iterator[bytes]:
+        """The object's bytes in blocks of at most `block_bytes`. Errors as `read`."""
+        ...
+
+    def delete(self, key: str) -> None:
+        """Remove the object. Idempotent."""
+        ...
+
+    def entries(self) -> Iterator[StoreEntry]:
+        """Every object in the store, and every leftover of an interrupted write."""
+        ...
+
+    def free_bytes(self) -> int | None:
+        """Space left for objects; None where there is no such bound."""
+        ...
+
+
+class KnownInstance(NamedTuple):
+    """What the index already holds under some identifiers."""
+
+    sha256: bytes
+    size: int
+
+
+class AddOutcome(StrEnum):
+    """What `InstanceIndex.add` did with one record."""
+
+    STORED = "stored"
+    ALREADY_THERE = "alreadyThere"
+    CONFLICTING = "conflicting"
+
+
+Cursor = tuple[int, str]
+"""Where a page of a selection ended; opaque outside the index."""
+
+
+class SelectionPage(NamedTuple):
+    """A page of planned instances. `resume_after` is passed to the next call; None after the last page."""
+
+    instances: list[PlannedInstance]
+    resume_after: Cursor | None
+
+
+class IndexEntry(NamedTuple):
+    """One index row for checking it against the store."""
+
+    instance_id: int
+    identifier: str
+    store_key: str
+    size: int
+    sha256: bytes
+    is_deleted: bool
+
+
+class InstanceIndex(Protocol):
+    """Which instances exist. Unique on study/series/instance among the live ones.
+
+    Every stored or deleted instance takes the next number of one sequence, in commit order without a gap that a
+    reader could miss: what has a number up to a cut-off that was read is all that will ever have one.
+    """
+
+    def find(self, refs: Sequence[InstanceRef]) -> dict[InstanceRef, KnownInstance]:
+        """The live instances among `refs`."""
+        ...
+
+    def add(self, records: Sequence[InstanceRecord]) -> list[AddOutcome]:
+        """Store index rows in one transaction, durable on return, one outcome a record in order.
+
+        Of several records with the same identifiers the first wins. Raises StorageFull, ServiceUnavailable.
+        """
+        ...
+
+    def delete(self, ref: Ref) -> int:
+        """Mark live instances deleted and return how many. Rows and bytes stay until swept. Idempotent."""
+        ...
+
+    def sequence(self) -> int:
+        """The highest number taken: the cut-off for an export that begins now."""
+        ...
+
+    def unmatched(self, refs: Sequence[Ref], cutoff: int) -> list[Ref]:
+        """Those of `refs` (in order) below which no instance was visible at `cutoff`."""
+        ...
+
+    def select(self, refs: Sequence[Ref] | None, cutoff: int, after: Cursor | None, limit: int) -> SelectionPage:
+        """The instances at `cutoff` below any of `refs` (None: all), a page at a time, each exactly once.
+
+        `refs` are of one kind and do not overlap. The order is stable for a cut-off, whatever is stored or deleted meanwhile.
+        """
+        ...
+
+    def totals(self, cutoff: int) -> tuple[int, int]:
+        """How many instances were visible at `cutoff`, and their bytes in all."""
+        ...
+
+    def fetch(self, instance_ids: Sequence[int]) -> list[StoredObject]:
+        """The rows of `instance_ids` in that order, deleted ones included until they are swept."""
+        ...
+
+    def scan(self, after: int, limit: int) -> list[IndexEntry]:
+        """Index rows by internal id, for checking."""
+        ...
+
+    def sweepable(self, deleted_before: datetime, oldest_cutoff: int | None, limit: int) -> list[tuple[int, str]]:
+        """(internal id, store key) of rows deleted before a time that no export with a cut-off from `oldest_cutoff`
+        on can still need.
+        """
+        ...
+
+    def forget(self, instance_ids: Sequence[int]) -> None:
+        """Remove rows for good. Idempotent."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class NewOperation:
+    """What `OperationStore.create` records. `identifiers` None means everything."""
+
+    id: OperationId
+    cutoff: int
+    identifiers: Sequence[str] | None
+    destination: dict[str, object]
+    sealed_secret: str | None
+    log_href: str
+    log_etag: str | None
+    fingerprint: str
+    idempotency_key: str | None
+
+
+class ChunkPosition(NamedTuple):
+    """How far planning is: `resume` is opaque text of the planner's."""
+
+    next_number: int
+    resume: str | None
+    is_planned: bool
+
+
+class LogState(NamedTuple):
+    """What is known of the error log at the destination."""
+
+    etag: str | None
+    lines_written: int
+    bytes_written: int
+    written_at: datetime
+    failures: int
+
+
+class OperationStore(Protocol):
+    """The operations, their chunks and their failures. Every method is one durable transaction."""
+
+    def create(self, operation: NewOperation) -> Operation:
+        """Record a new operation, or return the one that has the same idempotency key.
+
+        Raises IdempotencyKeyReused when that one's fingerprint differs.
+        """
+        ...
+
+    def find_by_key(self, idempotency_key: str, fingerprint: str) -> Operation | None:
+        """The operation that was created with this key. Raises IdempotencyKeyReused as `create` does."""
+        ...
+
+    def get(self, operation_id: OperationId) -> Operation:
+        """Raises NotFound."""
+        ...
+
+    def page(
+        self, limit: int, before: tuple[datetime, str] | None, status: frozenset[OperationStatus] | None
+    ) -> list[Operation]:
+        """Operations, newest first, older than (created at, id) `before`."""
+        ...
+
+    def active(self) -> list[OperationId]:
+        """Those that have not ended, oldest first."""
+        ...
+
+    def oldest_active_cutoff(self) -> int | None:
+        """The lowest cut-off that an operation which has not ended still needs."""
+        ...
+
+    def identifiers(self, operation_id: OperationId) -> tuple[str, ...] | None:
+        """The identifiers as they were given; None means everything."""
+        ...
+
+    def sealed_secret(self, operation_id: OperationId) -> str | None:
+        """The sealed secret; None when there was none or it has been erased."""
+        ...
+
+    def begin(self, operation_id: OperationId) -> OperationStatus:
+        """NOT_STARTED becomes RUNNING. Idempotent; returns the status as it is then."""
+        ...
+
+    def plan_position(self, operation_id: OperationId) -> ChunkPosition:
+        """Where planning goes on."""
+        ...
+
+    def save_plan(
+        self,
+        operation_id: OperationId,
+        position: ChunkPosition,
+        chunks: Sequence[PlannedChunk],
+        failures: Sequence[Sequence[ExportFailure]],
+        following: ChunkPosition,
+    ) -> bool:
+        """Append chunks and move on to `following`. Does nothing and returns False when planning is no longer at
+        `position` (somebody else got here) or the operation no longer runs. A chunk of unmatched identifiers is
+        done at once, with its `failures`.
+        """
+        ...
+
+    def runnable(self, operation_id: OperationId, window: int, first: int = 0, last: int | None = None) -> list[int]:
+        """Numbers, from `first` to `last`, of planned chunks that may be queued: chunk n may once chunk n - `window`
+        is done. May name a chunk again; queueing is idempotent.
+        """
+        ...
+
+    def claim_chunk(self, operation_id: OperationId, number: int) -> ClaimedChunk | None:
+        """Take a chunk with a new attempt number, from whoever had it. None when it is done or the operation no
+        longer runs (a chunk that was in flight then counts as stopped).
+        """
+        ...
+
+    def commit_chunk(self, chunk: ClaimedChunk, outcome: ChunkOutcome) -> bool:
+        """Counters, failures and the chunk's state in one transaction. False, and no effect, when the attempt is not
+        the current one or the chunk was committed already.
+        """
+        ...
+
+    def stop(self, operation_id: OperationId, into: OperationStatus, error: OperationError | None) -> Operation:
+        """Move a running operation to FAILING or CANCELING; anything else is left as it is and returned."""
+        ...
+
+    def statuses(self, operation_ids: Sequence[OperationId]) -> dict[OperationId, OperationStatus]:
+        """The present status of each; one query."""
+        ...
+
+    def is_settled(self, operation_id: OperationId) -> bool:
+        """Whether only the finish is missing: every chunk is done, or it was stopped and nothing is in flight."""
+        ...
+
+    def failures(
+        self, operation_id: OperationId, after: tuple[int, int], limit: int
+    ) -> list[tuple[int, ExportFailure]]:
+        """(chunk number, failure) ordered by chunk and position, of committed chunks only, after a place."""
+        ...
+
+    def log_state(self, operation_id: OperationId) -> LogState: ...
+
+    def save_log_state(self, operation_id: OperationId, etag: str | None, lines: int, size: int) -> None:
+        """Remember what was written to the log last."""
+        ...
+
+    def finish(self, operation_id: OperationId) -> Operation:
+        """Enter the terminal state that belongs to the present one and erase the secret. Idempotent."""
+        ...
+
+    def purge(self, ended_before: datetime) -> list[OperationId]:
+        """Remove operations that ended before a time, with their chunks and failures; return which."""
+        ...
+
+
+class Destination(Protocol):
+    """Where an export writes. Built for one operation; safe for many threads.
+
+    Keys are slash separated. Every method raises DestinationFault, with its kind decided.
+    """
+
+    def put(self, key: str, content: bytes) -> None:
+        """Create or overwrite an instance. Idempotent."""
+        ...
+
+    def put_stream(self, key: str, blocks: Iterator[bytes], size: int) -> None:
+        """As `put`, for content that is too large for memory. Nothing becomes visible when `blocks` raises; that
+        exception is raised again.
+        """
+        ...
+
+    def flush(self, keys: Iterable[str]) -> None:
+        """Return once these objects are durable. After a fault they must be put again, not only flushed again."""
+        ...
+
+    def create_log(self, key: str) -> str | None:
+        """Create an empty log, and return its ETag. A log that exists already is a fault."""
+        ...
+
+    def write_log(self, key: str, blocks: Iterable[bytes], *, if_match: str | None) -> str | None:
+        """Replace the log if its ETag is still `if_match` (None: whatever it is) and return the new one.
+
+        Raises LogOutdated when it is not.
+        """
+        ...
+
+    def remove_log(self, key: str) -> None:
+        """Remove the log if that is allowed. Never raises."""
+        ...
+
+    def close(self) -> None:
+        """Let go of connections."""
+        ...
+
+
+class LogOutdated(Exception):
+    """The error log at the destination is not the one that was written last."""
+
+
+class DestinationFactory(Protocol):
+    """Checks and opens destinations."""
+
+    def parse(self, type_: str, settings: Mapping[str, object]) -> DestinationSpec:
+        """Read a caller's destination and refuse what is malformed or what the service's settings do not allow,
+        without touching the network. Raises DestinationRefused that names the member.
+        """
+        ...
+
+    def log_href(self, spec: DestinationSpec, key: str) -> str:
+        """Where a caller finds the log: a URL without secrets, or a path relative to the root."""
+        ...
+
+    def open(self, spec: DestinationSpec) -> Destination:
+        """Raises DestinationRefused."""
+        ...
+
+
+class SecretBox(Protocol):
+    """Seals secrets for the database."""
+
+    def seal(self, secret: str, bound_to: str) -> str:
+        """Encrypt and authenticate; opens only for the same `bound_to`."""
+        ...
+
+    def open(self, sealed: str, bound_to: str) -> str:
+        """Raises ConfigurationError when the key is not among the configured ones."""
+        ...
+
+
+class DurableEngine(Protocol):
+    """Runs operations to their end, whatever dies on the way."""
+
+    def start(self, operation_id: OperationId) -> None:
+        """Begin, or go on with, an operation that the store holds. Idempotent."""
+        ...
+
+    def settle(self, operation_id: OperationId) -> None:
+        """Finish the operation if nothing of it is in flight. Idempotent."""
+        ...

@@ -1,0 +1,1 @@
+"""What the service does with instances: import and store, retrieve, search, delete. Speaks to ports only."""

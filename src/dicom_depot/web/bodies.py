@@ -1,0 +1,191 @@
+"""Reading request bodies: bounded while they arrive, strict JSON, members in any letter case, nothing unknown.
+
+An export without a `source` exports everything. That is why an unknown member is an error here and not ignored: a
+misspelt `sources` must never export an archive.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from starlette.requests import ClientDisconnect, Request
+
+from dicom_depot.domain.errors import InvalidIdentifier, InvalidRequest, PayloadTooLarge, UnsupportedMediaType
+from dicom_depot.domain.export import DestinationSpec
+from dicom_depot.domain.identifiers import Ref, parse_identifier
+from dicom_depot.ports import DestinationFactory
+
+_DESTINATION_MEMBERS: Mapping[str, Mapping[str, type]] = {
+    "azureBlob": {
+        "blobContainerUri": str,
+        "connectionString": str,
+        "blobContainerName": str,
+        "useManagedIdentity": bool,
+    },
+    "file": {"folder": str},
+}
+_SOURCE_TYPES = ("identifiers",)
+
+
+async def read_body(request: Request, bytes_max: int) -> bytes:
+    """The body, never more than `bytes_max` of it. Raises UnsupportedMediaType, PayloadTooLarge."""
+    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if content_type != "application/json":
+        raise UnsupportedMediaType("The body must be sent as Content-Type: application/json.", target="Content-Type")
+    too_large = PayloadTooLarge(
+        f"The body is larger than {bytes_max} bytes (DICOM_DEPOT_MAX_BODY_BYTES). "
+        "Name studies instead of their instances, or split the export.",
+        target="body",
+    )
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared) > bytes_max:
+        raise too_large
+    blocks: list[bytes] = []
+    size = 0
+    try:
+        async for block in request.stream():
+            size += len(block)
+            if size > bytes_max:
+                raise too_large
+            blocks.append(block)
+    except ClientDisconnect:
+        raise InvalidRequest("The client went away before the body was complete.", target="body") from None
+    return b"".join(blocks)
+
+
+def parse_json(body: bytes) -> Any:
+    """Strict JSON (RFC 8259, UTF-8). Raises InvalidRequest with line and column."""
+    try:
+        return json.loads(body.decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=_no_repetition)
+    except UnicodeDecodeError:
+        raise InvalidRequest("The body is not UTF-8.", target="body") from None
+    except json.JSONDecodeError as error:
+        raise InvalidRequest(
+            f"The body is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}.",
+            target="body",
+        ) from None
+    except RecursionError:
+        raise InvalidRequest("The body is nested too deeply.", target="body") from None
+    except ValueError as error:
+        raise InvalidRequest(f"The body is not valid JSON: {error}.", target="body") from None
+
+
+def parse_source(body: Any) -> tuple[Ref, ...] | None:
+    """The identifiers to export; None, everything, when the body has no `source`."""
+    top = _members(body, "", ("source", "destination"))
+    if "source" not in top:
+        return None
+    source = _members(top["source"], "source", ("type", "settings"))
+    _type(source, "source", _SOURCE_TYPES)
+    settings = _members(_required(source, "source", "settings"), "source.settings", ("values",))
+    place = "source.settings.values"
+    values = _required(settings, "source.settings", "values")
+    if not isinstance(values, list):
+        raise InvalidRequest(f"{place} must be a list of identifiers, not {_kind(values)}.", target=place)
+    if not values:
+        raise InvalidRequest(
+            f"{place} is empty. Name at least one study, series or instance, or leave `source` out for everything.",
+            target=place,
+        )
+    return tuple(_identifier(value, f"{place}[{number}]") for number, value in enumerate(values))
+
+
+def parse_destination(body: Any, destinations: DestinationFactory) -> DestinationSpec:
+    """The destination, checked against the service's settings but not yet reached."""
+    top = _members(body, "", ("source", "destination"))
+    destination = _members(_required(top, "", "destination"), "destination", ("type", "settings"))
+    type_ = _type(destination, "destination", tuple(_DESTINATION_MEMBERS))
+    kinds = _DESTINATION_MEMBERS[type_]
+    place = "destination.settings"
+    settings = _members(_required(destination, "destination", "settings"), place, tuple(kinds))
+    for name, value in settings.items():
+        if value is not None and not isinstance(value, kinds[name]):
+            wanted = "true or false" if kinds[name] is bool else "a string"
+            raise InvalidRequest(f"{place}.{name} must be {wanted}, not {_kind(value)}.", target=f"{place}.{name}")
+    return destinations.parse(type_, {name: value for name, value in settings.items() if value is not None})
+
+
+def _identifier(value: Any, place: str) -> Ref:
+    if not isinstance(value, str):
+        raise InvalidIdentifier(f"{place} must be a string, not {_kind(value)}.", target=place)
+    try:
+        return parse_identifier(value)
+    except InvalidIdentifier as error:
+        raise InvalidIdentifier(f"{place}: {error.message}", target=place) from None
+
+
+def _members(value: Any, place: str, known: Sequence[str]) -> dict[str, Any]:
+    """The members of an object under their proper names, whatever the letter case they were sent in."""
+    if not isinstance(value, dict):
+        raise InvalidRequest(f"{place or 'The body'} must be an object, not {_kind(value)}.", target=place or "body")
+    proper = {name.lower(): name for name in known}
+    found: dict[str, Any] = {}
+    for name, content in value.items():
+        where = f"{place}.{name}" if place else name
+        canonical = proper.get(name.lower())
+        if canonical is None:
+            raise InvalidRequest(f"{_unknown(name, proper, place)}", target=where[:200])
+        if canonical in found:
+            raise InvalidRequest(f"'{canonical}' stands twice in {place or 'the body'}; keep one.", target=where)
+        found[canonical] = content
+    return found
+
+
+def _unknown(name: str, proper: Mapping[str, str], place: str) -> str:
+    near = difflib.get_close_matches(name.lower(), proper, n=1, cutoff=0.5)
+    hint = f"Did you mean '{proper[near[0]]}'?" if near else f"Known members: {', '.join(proper.values())}."
+    shown = ascii(name if len(name) <= 60 else name[:57] + "...")
+    return f"{shown} is not a member of {place or 'the body'}. {hint}"
+
+
+def _required(members: Mapping[str, Any], place: str, name: str) -> Any:
+    where = f"{place}.{name}" if place else name
+    if members.get(name) is None:
+        raise InvalidRequest(f"'{where}' is required.", target=where)
+    return members[name]
+
+
+def _type(members: Mapping[str, Any], place: str, known: Sequence[str]) -> str:
+    value = _required(members, place, "type")
+    where = f"{place}.type"
+    if not isinstance(value, str):
+        raise InvalidRequest(f"'{where}' must be a string, not {_kind(value)}.", target=where)
+    for name in known:
+        if name.lower() == value.lower():
+            return name
+    raise InvalidRequest(f"'{where}' must be one of: {', '.join(sorted(known))}.", target=where)
+
+
+def _kind(value: Any) -> str:
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return "true or false"
+        case int() | float():
+            return "a number"
+        case str():
+            return "a string"
+        case list():
+            return "a list"
+        case _:
+            return "an object"
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _no_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """JSON allows a name twice and then the last one wins silently; here it is an error, in any letter case."""
+    members: dict[str, Any] = {}
+    seen: set[str] = set()
+    for name, value in pairs:
+        if name.lower() in seen:
+            raise ValueError(f"the member {name[:60]!a} stands twice in one object")
+        seen.add(name.lower())
+        members[name] = value
+    return members

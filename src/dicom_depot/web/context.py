@@ -1,0 +1,55 @@
+"""What a route needs beside its parameters: the open service, and the address under which the client reached it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from fastapi import Request
+
+from dicom_depot.config import Settings
+from dicom_depot.domain.operation import WireVersion
+from dicom_depot.export.service import ExportService
+from dicom_depot.ports import BlobStore, InstanceIndex
+
+_HOST = re.compile(r"(?P<name>[A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(?::(?P<port>\d{1,5}))?")
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+
+
+@dataclass(frozen=True, slots=True)
+class WebContext:
+    """The parts of the open service that routes may use."""
+
+    settings: Settings
+    exports: ExportService
+    index: InstanceIndex
+    store: BlobStore
+
+
+def context(request: Request) -> WebContext:
+    opened: WebContext = request.app.state.context
+    return opened
+
+
+def version_of(request: Request) -> WireVersion:
+    """The API version in the path; a path without one speaks version 1."""
+    return 2 if request.url.path.lower().startswith("/v2/") else 1
+
+
+def base_url(request: Request) -> str:
+    """Scheme and authority for links, without a trailing slash.
+
+    A configured public URL wins. Otherwise the Host header as it came, completed by the port that the request came
+    to: some clients leave the port out, and a link made from such a header alone leads nowhere.
+    """
+    public = context(request).settings.public_url
+    if public is not None:
+        return public
+    scheme = request.url.scheme
+    server_name, server_port = request.scope.get("server") or ("127.0.0.1", None)
+    found = _HOST.fullmatch(request.headers.get("host", ""))
+    name = found["name"] if found else server_name
+    port = int(found["port"]) if found and found["port"] else server_port
+    if port is None or port == _DEFAULT_PORTS.get(scheme):
+        return f"{scheme}://{name}"
+    return f"{scheme}://{name}:{port}"

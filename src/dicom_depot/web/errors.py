@@ -1,0 +1,80 @@
+"""Which error becomes which HTTP status, in one table, and the one shape of an error body."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from dicom_depot.domain import errors
+
+_log = logging.getLogger(__name__)
+
+STATUSES: tuple[tuple[type[errors.DepotError], int], ...] = (
+    (errors.InvalidRequest, 400),
+    (errors.NotFound, 404),
+    (errors.Conflict, 409),
+    (errors.PayloadTooLarge, 413),
+    (errors.UnsupportedMediaType, 415),
+    (errors.IdempotencyKeyReused, 422),
+    (errors.StorageFull, 503),
+    (errors.ServiceUnavailable, 503),
+)
+"""Looked through from the top; anything else is an error of ours: 500."""
+
+RETRY_AFTER_SECONDS = 5
+
+_HTTP_CODES = {404: "NotFound", 405: "MethodNotAllowed"}
+
+
+def error_response(
+    status: int, code: str, message: str, target: str | None, headers: Mapping[str, str] | None = None
+) -> JSONResponse:
+    """`{"code", "message", "target"}`: what is wrong, where, and what to do."""
+    return JSONResponse({"code": code, "message": message, "target": target}, status, dict(headers or {}))
+
+
+def status_of(error: errors.DepotError) -> int:
+    return next((status for kind, status in STATUSES if isinstance(error, kind)), 500)
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    app.add_exception_handler(errors.DepotError, _depot_error)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(RequestValidationError, _validation_error)
+    app.add_exception_handler(Exception, _unexpected)
+
+
+async def _depot_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, errors.DepotError)
+    status = status_of(error)
+    if status == 500:
+        return await _unexpected(request, error)
+    headers = {"Retry-After": str(RETRY_AFTER_SECONDS)} if status == 503 else None
+    return error_response(status, error.code, error.message, error.target, headers)
+
+
+async def _http_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    code = _HTTP_CODES.get(error.status_code, "RequestRefused")
+    message = {
+        404: "There is nothing at this path. Paths begin with /v1 or /v2.",
+        405: "This path does not take this method.",
+    }.get(error.status_code, str(error.detail))
+    return error_response(error.status_code, code, message, None, error.headers)
+
+
+async def _validation_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"][1:])
+    return error_response(400, "InvalidRequest", f"{place}: {first['msg']}.", place)
+
+
+async def _unexpected(request: Request, error: Exception) -> JSONResponse:
+    _log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    return error_response(500, "InternalError", "An error of the service; its log has the details.", None)

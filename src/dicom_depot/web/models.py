@@ -1,0 +1,190 @@
+"""The JSON that the API answers with, in the wire's spelling. Also the source of the OpenAPI document's schemas."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.alias_generators import to_camel
+
+from dicom_depot.domain.operation import Operation, OperationId, OperationStatus, WireVersion, wire_status
+from dicom_depot.export.planner import DryRun
+
+
+class _Wire(BaseModel):
+    model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, extra="forbid")
+
+    def to_json(self) -> dict[str, Any]:
+        """As sent: camelCase, absent members left out."""
+        return self.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+
+class ErrorBody(_Wire):
+    """What every error answers with."""
+
+    code: str = Field(description="Stable name of what is wrong.")
+    message: str = Field(description="What is wrong and what to do about it.")
+    target: str | None = Field(description="The place in the request, e.g. `source.settings.values[3]`.")
+
+
+class OperationReference(_Wire):
+    """A reference to a long-running operation."""
+
+    id: str
+    href: str
+
+
+class ExportResults(_Wire):
+    """What an export has done so far."""
+
+    error_href: str = Field(description="Where the error log lies; relative to the root for folder destinations.")
+    exported: int = Field(description="Instances copied.")
+    skipped: int = Field(description="Instances that could not be copied, and identifiers that matched nothing.")
+    total: int = Field(description="Instances and unmatched identifiers planned; final once planning is complete.")
+    bytes: int = Field(description="Bytes copied.")
+
+
+class OperationErrorBody(_Wire):
+    """Why an operation failed."""
+
+    code: str
+    message: str
+
+
+class OperationState(_Wire):
+    """The state of an export operation."""
+
+    operation_id: str
+    type: str
+    created_time: str
+    last_updated_time: str
+    status: str
+    percent_complete: int
+    results: ExportResults
+    error: OperationErrorBody | None = None
+
+
+class OperationPage(_Wire):
+    """Operations, newest first."""
+
+    operations: list[OperationState]
+    continuation_token: str | None = Field(
+        default=None, description="Pass it on for the next page; absent on the last."
+    )
+
+
+class DryRunResult(_Wire):
+    """What an export would copy now."""
+
+    count: int = Field(description="Instances.")
+    bytes: int = Field(description="Bytes of these instances.")
+    unmatched: list[str] = Field(description="Identifiers that match nothing.")
+
+
+class HealthDetail(_Wire):
+    name: str
+    status: str
+    description: str
+
+
+class Health(_Wire):
+    """Whether the service can do its work."""
+
+    overall_status: str
+    details: list[HealthDetail]
+
+
+def operation_state(operation: Operation, version: WireVersion) -> OperationState:
+    is_failed = operation.status is OperationStatus.FAILED
+    return OperationState(
+        operation_id=operation.id,
+        type="export",
+        created_time=_time(operation.created_at),
+        last_updated_time=_time(operation.updated_at),
+        status=wire_status(operation.status, version),
+        percent_complete=operation.percent_complete,
+        results=ExportResults(
+            error_href=operation.log_href,
+            exported=operation.exported,
+            skipped=operation.skipped,
+            total=operation.total,
+            bytes=operation.bytes_exported,
+        ),
+        error=OperationErrorBody(code=operation.error.code, message=operation.error.message)
+        if operation.error is not None and is_failed
+        else None,
+    )
+
+
+def dry_run_result(dry_run: DryRun) -> DryRunResult:
+    return DryRunResult(
+        count=dry_run.count, bytes=dry_run.bytes_total, unmatched=[str(ref) for ref in dry_run.unmatched]
+    )
+
+
+def operation_reference(operation_id: OperationId, href: str) -> OperationReference:
+    return OperationReference(id=operation_id, href=href)
+
+
+def _time(moment: datetime) -> str:
+    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+_IDENTIFIERS_EXAMPLE = ["1.2.3", "12.3/4.5.678", "123.456/7.8/9.1011.12"]
+
+EXPORT_REQUEST_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["destination"],
+    "description": "Member names in any letter case. Without `source`, everything is exported.",
+    "properties": {
+        "source": {
+            "type": "object",
+            "additionalProperties": False,
+            "required": ["type", "settings"],
+            "properties": {
+                "type": {"type": "string", "enum": ["identifiers"]},
+                "settings": {
+                    "type": "object",
+                    "additionalProperties": False,
+                    "required": ["values"],
+                    "properties": {
+                        "values": {
+                            "type": "array",
+                            "minItems": 1,
+                            "items": {"type": "string"},
+                            "description": "<study>[/<series>[/<instance>]]",
+                        }
+                    },
+                },
+            },
+        },
+        "destination": {
+            "type": "object",
+            "additionalProperties": False,
+            "required": ["type", "settings"],
+            "properties": {
+                "type": {"type": "string", "enum": ["azureBlob", "file"]},
+                "settings": {
+                    "type": "object",
+                    "additionalProperties": False,
+                    "properties": {
+                        "blobContainerUri": {"type": "string", "format": "uri"},
+                        "connectionString": {"type": "string"},
+                        "blobContainerName": {"type": "string"},
+                        "useManagedIdentity": {"type": "boolean"},
+                        "folder": {"type": "string", "description": "For type `file`: relative to the root."},
+                    },
+                },
+            },
+        },
+    },
+    "example": {
+        "source": {"type": "identifiers", "settings": {"values": _IDENTIFIERS_EXAMPLE}},
+        "destination": {
+            "type": "azureBlob",
+            "settings": {"blobContainerUri": "https://dicomexport.blob.core.windows.net/export?sv=...&sig=..."},
+        },
+    },
+}

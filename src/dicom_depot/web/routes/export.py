@@ -1,0 +1,67 @@
+"""POST export: start an export, or count what it would copy."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Header, Query, Request
+from fastapi.responses import JSONResponse
+from starlette.concurrency import run_in_threadpool
+
+from dicom_depot.domain.errors import InvalidRequest
+from dicom_depot.domain.export import ExportSpecification
+from dicom_depot.web import bodies
+from dicom_depot.web.context import WebContext, base_url, context, version_of
+from dicom_depot.web.models import (
+    EXPORT_REQUEST_SCHEMA,
+    DryRunResult,
+    ErrorBody,
+    OperationReference,
+    dry_run_result,
+    operation_reference,
+)
+
+router = APIRouter(tags=["export"])
+
+_KEY = re.compile(r"[\x21-\x7e]{1,255}")
+_ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": ErrorBody} for status in (400, 413, 415, 422, 503)}
+
+
+@router.post(
+    "/export",
+    status_code=202,
+    response_model=OperationReference,
+    responses={200: {"model": DryRunResult, "description": "The dry run's result."}, **_ERRORS},
+    openapi_extra={
+        "requestBody": {"required": True, "content": {"application/json": {"schema": EXPORT_REQUEST_SCHEMA}}}
+    },
+)
+async def start_export(
+    request: Request,
+    dry_run: Annotated[bool, Query(alias="dryRun", description="Only count; start and write nothing.")] = False,
+    idempotency_key: Annotated[
+        str | None, Header(description="The same key with the same body names the same operation.")
+    ] = None,
+) -> JSONResponse:
+    """Start an export: copy instances as .dcm files to a destination."""
+    opened = context(request)
+    if idempotency_key is not None and not _KEY.fullmatch(idempotency_key):
+        raise InvalidRequest(
+            "Idempotency-Key must have 1 to 255 printable ASCII characters without spaces.",
+            target="Idempotency-Key",
+        )
+    body = await bodies.read_body(request, opened.settings.max_body_bytes)
+    specification = await run_in_threadpool(_specification, opened, body)
+    if dry_run:
+        counted = await run_in_threadpool(opened.exports.dry_run, specification)
+        return JSONResponse(dry_run_result(counted).to_json())
+    operation = await run_in_threadpool(opened.exports.start, specification, idempotency_key)
+    href = f"{base_url(request)}/v{version_of(request)}/operations/{operation.id}"
+    return JSONResponse(operation_reference(operation.id, href).to_json(), 202, {"Location": href})
+
+
+def _specification(opened: WebContext, body: bytes) -> ExportSpecification:
+    content = bodies.parse_json(body)
+    identifiers = bodies.parse_source(content)
+    return ExportSpecification(identifiers, bodies.parse_destination(content, opened.exports.destinations))

@@ -1,0 +1,203 @@
+"""The only place that names concrete classes. Production, tests and the demo all open the service here."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import shutil
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+
+from dicom_depot.adapters.database import Database
+from dicom_depot.adapters.destinations import Destinations
+from dicom_depot.adapters.folder_lock import FolderLock
+from dicom_depot.adapters.index_sql import SqlIndex
+from dicom_depot.adapters.local_folder import FolderBlobStore
+from dicom_depot.adapters.operations_sql import SqlOperations
+from dicom_depot.adapters.sealing import AesSecretBox, key_file, parse_keys
+from dicom_depot.config import Settings
+from dicom_depot.domain.errors import ConfigurationError
+from dicom_depot.export.copier import CopyPool
+from dicom_depot.export.planner import Planner
+from dicom_depot.export.runner import ExportRunner
+from dicom_depot.export.service import ExportService
+from dicom_depot.ports import BlobStore, InstanceIndex
+from dicom_depot.services.upkeep import Upkeep
+from dicom_depot.workflows.engine import CHUNKS_IN_ALL, WINDOW, DbosEngine
+
+_log = logging.getLogger(__name__)
+
+_UPKEEP_SECONDS = 600.0
+
+
+@dataclass(slots=True)
+class Service:
+    """An open service: what routes and commands work with. Close it to let go of the data folder."""
+
+    settings: Settings
+    database: Database
+    index: InstanceIndex
+    store: BlobStore
+    exports: ExportService
+    upkeep: Upkeep
+    _engine: DbosEngine
+    _lock: FolderLock
+    _closed: threading.Event = field(default_factory=threading.Event)
+
+    def close(self) -> None:
+        self._closed.set()
+        self._engine.close()
+        self.database.close()
+        self._lock.release()
+
+    def keep_up(self) -> None:
+        """Run the upkeep now and then, until closed."""
+        while True:
+            try:
+                self.upkeep.run()
+            except Exception:
+                _log.exception("the upkeep did not complete; trying again later")
+            if self._closed.wait(_UPKEEP_SECONDS):
+                return
+
+
+def open_service(settings: Settings) -> Service:
+    """Open the service and go on with the operations that a former process left.
+
+    Raises ConfigurationError when another process has the data folder, or the folder or database cannot be used.
+    """
+    prepare_data_folder(settings)
+    lock = FolderLock(settings.data_dir)
+    lock.acquire()
+    try:
+        return _open_locked(settings, lock)
+    except BaseException:
+        lock.release()
+        raise
+
+
+def _open_locked(settings: Settings, lock: FolderLock) -> Service:
+    database = _open_database(settings)
+    index = SqlIndex(database)
+    operations = SqlOperations(database)
+    store = _open_store(settings, index)
+    destinations = Destinations(
+        export_root=settings.export_root,
+        allowed_endpoints=settings.export_allowed_endpoints,
+        allow_anonymous=settings.export_allow_anonymous,
+        request_seconds=settings.export_request_seconds,
+        content_md5=settings.export_content_md5,
+    )
+    secrets = AesSecretBox(_secret_keys(settings))
+    planner = Planner(index, operations, settings.chunk_instances, settings.chunk_bytes)
+    runner = ExportRunner(
+        index=index,
+        operations=operations,
+        store=store,
+        destinations=destinations,
+        secrets=secrets,
+        planner=planner,
+        pool=CopyPool(
+            settings.export_concurrency,
+            settings.export_bytes_in_flight,
+            settings.export_stream_bytes,
+            CHUNKS_IN_ALL,
+        ),
+        retry_seconds=settings.export_retry_seconds,
+        window=WINDOW,
+    )
+    engine = DbosEngine(settings.data_dir / "workflows.sqlite", runner, operations)
+    exports = ExportService(
+        index=index,
+        operations=operations,
+        destinations=destinations,
+        secrets=secrets,
+        planner=planner,
+        runner=runner,
+        engine=engine,
+        identifiers_max=settings.max_identifiers,
+    )
+    upkeep = Upkeep(
+        index=index,
+        store=store,
+        operations=operations,
+        retention=timedelta(days=settings.operation_retention_days),
+        delete_delay=timedelta(seconds=settings.delete_delay_seconds),
+    )
+    service = Service(settings, database, index, store, exports, upkeep, engine, lock)
+    engine.launch()
+    threading.Thread(target=service.keep_up, name="upkeep", daemon=True).start()
+    return service
+
+
+def open_stores(settings: Settings) -> tuple[BlobStore, InstanceIndex]:
+    """Only the store and the index: what an import needs, beside a running service."""
+    index = SqlIndex(Database(settings.database_path))
+    return _open_store(settings, index), index
+
+
+def prepare_import(settings: Settings) -> Callable[[], tuple[BlobStore, InstanceIndex]]:
+    """Make the data folder ready, and return what opens store and index in each worker process."""
+    prepare_data_folder(settings)
+    _open_database(settings).close()
+    return functools.partial(open_stores, settings)
+
+
+def prepare_data_folder(settings: Settings) -> None:
+    """Create the data folder if need be, and refuse to start where there is no room."""
+    try:
+        settings.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        free = shutil.disk_usage(settings.data_dir).free
+    except OSError as error:
+        raise ConfigurationError(
+            f"The data folder {settings.data_dir} cannot be used: {error.strerror}. "
+            "Set DICOM_DEPOT_DATA_DIR to a folder that this user may write to."
+        ) from None
+    if free < settings.min_free_bytes:
+        raise ConfigurationError(
+            f"Only {free // 2**20} MiB are free in {settings.data_dir}; DICOM_DEPOT_MIN_FREE_BYTES asks for "
+            f"{settings.min_free_bytes // 2**20} MiB. Free space, or lower that setting."
+        )
+
+
+def check_database(settings: Settings) -> None:
+    """Raises ConfigurationError when the database's schema is not this release's."""
+    _open_database(settings).close()
+
+
+def migrate(settings: Settings) -> None:
+    """Bring the database to this release's schema."""
+    prepare_data_folder(settings)
+    database = Database(settings.database_path)
+    try:
+        database.migrate()
+    finally:
+        database.close()
+
+
+def _open_database(settings: Settings) -> Database:
+    """A new embedded database gets its schema here; an existing one must have it (`dicom-depot migrate`)."""
+    is_new = not settings.database_path.exists() or settings.database_path.stat().st_size == 0
+    database = Database(settings.database_path)
+    try:
+        if is_new:
+            database.migrate()
+        database.check_version()
+    except BaseException:
+        database.close()
+        raise
+    return database
+
+
+def _open_store(settings: Settings, index: InstanceIndex) -> BlobStore:
+    """An index that knows instances has a store somewhere: an unmounted disk must not get an empty one instead."""
+    return FolderBlobStore(settings.store_path, may_create=index.sequence() == 0)
+
+
+def _secret_keys(settings: Settings) -> list[bytes]:
+    if settings.secret_keys:
+        return parse_keys([key.get_secret_value() for key in settings.secret_keys])
+    return [key_file(Path(settings.data_dir) / "secret.key")]

@@ -1,0 +1,210 @@
+"""The durable engine. What a step does is in `export.runner`; here is only the order, and the recovery.
+
+Three workflows, whose inputs are ids only and whose own ids say what they are, so that starting one twice starts it
+once:
+
+    <operation>-plan        begin, then plan page by page; queues the first chunks
+    <operation>-chunk-<n>   runs one chunk; queues the chunk that its end makes room for
+    <operation>-finish      started by whichever step found that nothing else is left
+
+No workflow waits for another one. At most `window` chunks of an operation are queued: chunk n is queued when chunk
+n - window is done, by that chunk's end or, if it was not planned by then, by the planner. Both sides look after they
+have committed, so at least one of them sees the other.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import sqlite3
+import threading
+import uuid
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from dbos import DBOS, DBOSConfig, Serializer, SetEnqueueOptions, SetWorkflowID
+
+from dicom_depot.domain.operation import OperationId
+from dicom_depot.export.runner import ExportRunner, StepResult
+from dicom_depot.ports import OperationStore
+
+_log = logging.getLogger(__name__)
+
+CONTRACT_VERSION = "1"
+"""Version of the workflows' order and inputs. Raise it only when running workflows of the old one could not go on."""
+
+CHUNKS_OF_ONE_OPERATION = 2
+"""Chunks of one operation that run at the same time in a process: one drains while the next one fills the threads."""
+CHUNKS_IN_ALL = 16
+WINDOW = 2 * CHUNKS_OF_ONE_OPERATION
+
+_QUEUE = "export-chunks"
+_POLLING_SECONDS = 0.05
+_MAINTENANCE_SECONDS = 600.0
+
+
+class DbosEngine:
+    """`ports.DurableEngine` on DBOS. One per process: DBOS itself is a singleton."""
+
+    def __init__(self, database: Path, runner: ExportRunner, operations: OperationStore) -> None:
+        self._runner = runner
+        self._operations = operations
+        self._closed = threading.Event()
+        _use_wal(database)
+        _quieten()
+        config: DBOSConfig = {
+            "name": "dicom-depot",
+            "system_database_url": f"sqlite:///{database}",
+            "application_version": CONTRACT_VERSION,
+            "executor_id": uuid.uuid4().hex,
+            "serializer": _JsonSerializer(),
+            "log_level": "ERROR",
+            "notification_listener_polling_interval_sec": 1.0,
+        }
+        self._executor_id = config["executor_id"]
+        DBOS(config=config)
+        self._plan_workflow = _workflow("plan", self._plan)
+        self._chunk_workflow = _workflow("chunk", self._chunk)
+        self._finish_workflow = _workflow("finish", self._finish)
+
+    def launch(self) -> None:
+        """Begin to run workflows, first of all those that a dead process left behind.
+
+        The caller holds the exclusive lock of the data folder: every other executor is dead.
+        """
+        DBOS.launch()
+        DBOS.register_queue(
+            _QUEUE,
+            worker_concurrency=CHUNKS_IN_ALL,
+            partition_worker_concurrency=CHUNKS_OF_ONE_OPERATION,
+            polling_interval_sec=_POLLING_SECONDS,
+            on_conflict="always_update",
+        )
+        self._take_over()
+        threading.Thread(target=self._maintain, name="engine-maintenance", daemon=True).start()
+
+    def start(self, operation_id: OperationId) -> None:
+        with SetWorkflowID(f"{operation_id}-plan"):
+            DBOS.start_workflow(self._plan_workflow, operation_id)
+
+    def settle(self, operation_id: OperationId) -> None:
+        if self._runner.is_settled(operation_id):
+            self._start_finish(operation_id)
+
+    def close(self) -> None:
+        """Stop; what runs goes on in the next process."""
+        self._closed.set()
+        self._runner.close()
+        DBOS.destroy(destroy_registry=True)
+
+    def _plan(self, operation_id: str) -> None:
+        id_ = OperationId(operation_id)
+        self._follow(id_, DBOS.run_step({"name": "begin"}, self._runner.begin, id_))
+        while True:
+            result = DBOS.run_step({"name": "plan"}, self._runner.plan, id_)
+            if result is None:
+                break
+            self._follow(id_, result)
+        if DBOS.run_step({"name": "settled"}, self._runner.is_settled, id_):
+            self._start_finish(id_)
+
+    def _chunk(self, operation_id: str, number: int) -> None:
+        id_ = OperationId(operation_id)
+        self._follow(id_, DBOS.run_step({"name": "run_chunk"}, self._runner.run_chunk, id_, number))
+
+    def _finish(self, operation_id: str) -> None:
+        DBOS.run_step({"name": "finish"}, self._runner.finish, OperationId(operation_id))
+
+    def _follow(self, operation_id: OperationId, result: StepResult) -> None:
+        queue, is_settled = result
+        for number in queue:
+            self._queue_chunk(operation_id, number)
+        if is_settled:
+            self._start_finish(operation_id)
+
+    def _queue_chunk(self, operation_id: OperationId, number: int) -> None:
+        with (
+            SetWorkflowID(f"{operation_id}-chunk-{number}"),
+            SetEnqueueOptions(queue_partition_key=operation_id),
+        ):
+            DBOS.enqueue_workflow(_QUEUE, self._chunk_workflow, operation_id, number)
+
+    def _start_finish(self, operation_id: OperationId) -> None:
+        with SetWorkflowID(f"{operation_id}-finish"):
+            DBOS.start_workflow(self._finish_workflow, operation_id)
+
+    def _take_over(self) -> None:
+        """Resume what dead processes ran, and start what an operation's record promises but no workflow stands for
+        (the two databases do not commit together).
+        """
+        for status in DBOS.list_workflows(status="PENDING", load_input=False, load_output=False):
+            if status.executor_id != self._executor_id:
+                queue = _QUEUE if status.queue_name == _QUEUE else None
+                DBOS.resume_workflow(status.workflow_id, queue_name=queue)
+        for operation_id in self._operations.active():
+            for status in DBOS.list_workflows(workflow_id_prefix=f"{operation_id}-", status="ERROR"):
+                DBOS.delete_workflow(status.workflow_id)
+            self.start(operation_id)
+            self._follow(operation_id, self._runner.begin(operation_id))
+
+    def _maintain(self) -> None:
+        """Remove the workflow rows of ended operations, now and then."""
+        while True:
+            try:
+                self.purge_ended()
+            except Exception:
+                if not self._closed.is_set():
+                    _log.exception("ended workflows could not be removed; trying again later")
+            if self._closed.wait(_MAINTENANCE_SECONDS):
+                return
+
+    def purge_ended(self, older_than: timedelta = timedelta(minutes=10)) -> None:
+        """Remove the workflow rows of operations that ended before a while."""
+        before = (datetime.now(UTC) - older_than).isoformat()
+        ended = DBOS.list_workflows(name="finish", status="SUCCESS", completed_before=before, load_input=False)
+        for status in ended:
+            prefix = status.workflow_id.removesuffix("finish")
+            rows = DBOS.list_workflows(workflow_id_prefix=prefix, load_input=False, load_output=False)
+            DBOS.delete_workflows([row.workflow_id for row in rows])
+
+
+def _workflow(name: str, method: Callable[..., None]) -> Callable[..., None]:
+    """Register a method as a workflow. DBOS marks the function that it is given, and a bound method takes no marks."""
+
+    @functools.wraps(method)
+    def run(*ids: str | int) -> None:
+        method(*ids)
+
+    return DBOS.workflow(name=name, max_recovery_attempts=None)(run)
+
+
+class _JsonSerializer(Serializer):
+    """Workflow inputs and step results as JSON: nothing in the database can run code when it is read."""
+
+    def serialize(self, data: Any) -> str:
+        return json.dumps(data, default=str)
+
+    def deserialize(self, serialized_data: str) -> Any:
+        return json.loads(serialized_data)
+
+    def name(self) -> str:
+        return "json"
+
+
+def _use_wal(database: Path) -> None:
+    """Write-ahead logging stays with the file; DBOS does not switch it on by itself."""
+    database.parent.mkdir(parents=True, exist_ok=True)
+    connection = sqlite3.connect(database)
+    connection.execute("PRAGMA journal_mode=WAL").close()
+    connection.close()
+
+
+def _quieten() -> None:
+    """DBOS's own log lines go where ours go, from warnings on."""
+    logger = logging.getLogger("dbos")
+    logger.handlers.clear()
+    logger.propagate = True
+    logger.setLevel(logging.WARNING)
