@@ -9,10 +9,10 @@ export PYTHONDONTWRITEBYTECODE := 1
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
 
-$(VENV)/runtime.stamp: requirements/runtime.txt pyproject.toml
+$(VENV)/runtime.stamp: requirements/runtime.txt requirements/build.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("DICOM Depot needs Python 3.11 or later; set PYTHON=...")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements/runtime.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements/runtime.txt -r requirements/build.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
@@ -24,17 +24,22 @@ $(VENV)/dev.stamp: requirements/dev.txt $(VENV)/runtime.stamp
 node: $(VENV)/dev.stamp
 	$(BIN)/python tests/support/install_node_packages.py
 
+.PHONY: debian-clients
+debian-clients:
+	@command -v dcmdump >/dev/null && command -v rclone >/dev/null || \
+	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends dcmtk rclone; }
+
 demo: $(VENV)/runtime.stamp ## Import synthetic DICOM files, export them through the API, show the result
 	$(BIN)/dicom-depot demo
 
 test: $(VENV)/dev.stamp node ## Run all tests, against real servers that they start themselves
-	$(BIN)/python -m pytest -m "not long"
+	$(BIN)/python -m pytest -m "not long and not clients"
 
 test-long: $(VENV)/dev.stamp node ## Run the tests that take minutes
 	$(BIN)/python -m pytest -m long
 
-test-clients: $(VENV)/dev.stamp ## Third-party clients from Debian (needs root)
-	$(BIN)/python tests/clients/run.py
+test-clients: $(VENV)/dev.stamp node debian-clients ## Third-party clients from Debian (needs root)
+	$(BIN)/python -m pytest tests/clients -m clients
 
 check: $(VENV)/dev.stamp ## Lint, types, layers
 	$(BIN)/ruff format --check --quiet .
@@ -54,6 +59,9 @@ lock: $(VENV)/dev.stamp ## Renew the locked dependencies
 	  --no-emit-trusted-host --allow-unsafe --output-file requirements/runtime.txt pyproject.toml
 	$(BIN)/pip-compile --quiet --strip-extras --extra dev --generate-hashes --no-emit-index-url --no-emit-find-links \
 	  --no-emit-trusted-host --allow-unsafe -c requirements/runtime.txt --output-file requirements/dev.txt pyproject.toml
+	$(BIN)/pip-compile --quiet --strip-extras --generate-hashes --no-emit-index-url --no-emit-find-links \
+	  --no-emit-trusted-host --allow-unsafe --build-deps-for editable --only-build-deps \
+	  --output-file requirements/build.txt pyproject.toml
 
 clean: ## Remove what the targets installed
 	rm -rf $(VENV) .build

@@ -11,18 +11,21 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, urlsplit
 
 import obstore
 from azure.core.exceptions import AzureError, HttpResponseError, ServiceResponseTimeoutError
 from azure.storage.blob import BlobBlock, ContainerClient, ContentSettings
 from obstore.exceptions import BaseError
-from obstore.store import AzureStore, ClientConfig
+from obstore.store import AzureStore
 
 from dicom_depot.domain.errors import DestinationFault, DestinationRefused, FaultKind
 from dicom_depot.domain.export import DestinationSpec
 from dicom_depot.ports import LogOutdated
+
+if TYPE_CHECKING:
+    from obstore.store import ClientConfig  # exists for type checkers only
 
 TYPE = "azureBlob"
 CONTENT_TYPE = "application/dicom"

@@ -138,6 +138,9 @@ class Fault(DepotError):
         self.kind = kind
         self.retry_after_seconds = retry_after_seconds
 
+    def __reduce__(self) -> tuple[type[Fault], tuple[str, str, FaultKind]]:
+        return type(self), (self.code, self.message, self.kind)
+
 
 class SourceFault(Fault):
     """Our own store could not give the bytes that the index promises."""
