@@ -50,7 +50,7 @@ class BlobStore(Protocol):
         ...
 
     def read(self, key: str) -> bytes:
-        """The object's bytes. Raises SourceFault: INSTANCE when this object is gone, TRANSIENT when the store is away."""
+        """The object's bytes. Raises SourceFault: INSTANCE when the object is gone, TRANSIENT when the store is."""
         ...
 
     def stream(self, key: str, block_bytes: int) -> Iterator[bytes]:
@@ -140,7 +140,8 @@ class InstanceIndex(Protocol):
     def select(self, refs: Sequence[Ref] | None, cutoff: int, after: Cursor | None, limit: int) -> SelectionPage:
         """The instances at `cutoff` below any of `refs` (None: all), a page at a time, each exactly once.
 
-        `refs` are of one kind and do not overlap. The order is stable for a cut-off, whatever is stored or deleted meanwhile.
+        `refs` are of one kind and do not overlap. The order is stable for a cut-off, whatever is stored or deleted
+        meanwhile.
         """
         ...
 

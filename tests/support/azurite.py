@@ -45,7 +45,7 @@ class Azurite:
 
     `https` is a certificate and its key, both PEM files, and `certificate_authority` whom our own client
     trusts (by default the certificate file itself, which suffices when it holds the whole chain). `oauth`
-    needs `https`: Azurite takes bearer tokens over HTTPS only.
+    needs `https`: Azurite takes bearer tokens over HTTPS only. `port` is a free one unless given.
     """
 
     def __init__(
@@ -54,6 +54,7 @@ class Azurite:
         https: tuple[Path, Path] | None = None,
         certificate_authority: Path | None = None,
         oauth: bool = False,
+        port: int | None = None,
     ) -> None:
         if oauth and https is None:
             raise ValueError("Azurite accepts tokens over HTTPS only: give https=(certificate, key) too")
@@ -63,6 +64,7 @@ class Azurite:
         self._server: subprocess.Popen[bytes] | None = None
         self._location: Path | None = None
         self._port = 0
+        self._wanted_port = port
 
     def __enter__(self) -> Self:
         self.start()
@@ -80,7 +82,7 @@ class Azurite:
             raise RuntimeError("Azurite is not installed in .build/node: run `make test`, which installs it")
         # Another process can take the free port before Azurite does, so a few tries are fair.
         for try_number in range(1, START_TRIES_MAX + 1):
-            self._port = _free_port()
+            self._port = self._wanted_port or _free_port()
             self._location = Path(tempfile.mkdtemp(prefix="azurite-"))
             if self._came_up(program):
                 return
@@ -202,3 +204,9 @@ class Azurite:
         with self.container_client(container) as client:
             for name in client.list_blob_names(name_starts_with=prefix):
                 yield name, client.download_blob(name).readall()
+
+
+if __name__ == "__main__":
+    with Azurite(port=10000) as running, contextlib.suppress(KeyboardInterrupt):
+        print(f"Azurite listens at {running.account_url} until you press Ctrl-C.", flush=True)
+        signal.pause()

@@ -1,1 +1,1 @@
-"""What the project exists for: planning, copying, accounting for and recovering exports. Knows ports, not technologies."""
+"""What the project exists for: planning, copying, accounting for and recovering exports. Knows ports only."""

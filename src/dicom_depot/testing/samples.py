@@ -9,7 +9,9 @@ import hashlib
 import io
 import random
 import struct
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 from pydicom.dataset import Dataset, FileMetaDataset
@@ -197,3 +199,17 @@ def _places(content: bytearray, mark: bytes) -> list[int]:
 def _overwrite(content: bytearray, places: list[int], value: bytes) -> None:
     for place in places:
         content[place : place + len(value)] = value
+
+
+def write_examples(folder: Path) -> int:
+    """Write a CT volume, a multi-frame image and a structured report as files; returns how many."""
+    samples = [*ct_volume(slices=24, seed=1), *ct_volume(slices=16, seed=2), multiframe(), structured_report()]
+    for sample in samples:
+        path = folder / sample.file_name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(sample.content)
+    return len(samples)
+
+
+if __name__ == "__main__":
+    print(f"{write_examples(Path(sys.argv[1]))} DICOM files written to {sys.argv[1]}")

@@ -55,7 +55,7 @@ def create_app(open_context: Opener) -> FastAPI:
             methods=["POST"],
             include_in_schema=False,
         )
-    app.add_api_route("/v1/api.json", lambda: app.openapi(), include_in_schema=False)
+    app.add_api_route("/v1/api.json", app.openapi, include_in_schema=False)
     app.add_api_route("/v{version:int}/{path:path}", _refuse_version, methods=_METHODS, include_in_schema=False)
     app.include_router(health.router)
     install_error_handlers(app)
