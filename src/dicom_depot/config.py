@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import tomllib
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import unquote, urlsplit
@@ -21,6 +22,14 @@ PREFIX = "DICOM_DEPOT_"
 CONFIG_VARIABLE = PREFIX + "CONFIG"
 
 _MIB = 1024 * 1024
+
+CLOUD_SUFFIXES = (
+    ".blob.core.windows.net",
+    ".blob.storage.azure.net",
+    ".blob.core.usgovcloudapi.net",
+    ".blob.core.chinacloudapi.cn",
+)
+"""The blob endpoints of Azure's public and sovereign clouds."""
 
 
 def _default_concurrency() -> int:
@@ -62,6 +71,11 @@ class Settings(BaseSettings):
         default=(),
         description="Storage endpoints allowed beside the cloud's own, comma separated, "
         "e.g. http://127.0.0.1:10000/devstoreaccount1.",
+    )
+    export_allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=CLOUD_SUFFIXES,
+        description="Host name endings of storage accounts that exports may go to over HTTPS, comma separated; "
+        "each begins with a dot.",
     )
     export_allow_anonymous: bool = Field(default=False, description="Allow destinations without a SAS or an identity.")
     export_content_md5: bool = Field(
@@ -120,11 +134,83 @@ class Settings(BaseSettings):
         le=1 << 50,
         description="Free space that the data folder must have at the start, in bytes.",
     )
+    identity_source: Literal["auto", "managed", "workload", "cli"] = Field(
+        default="auto",
+        description="Where the managed identity comes from: auto tells App Service, Arc, AKS workload identity and "
+        "virtual machines apart; cli is the developer's own Azure CLI sign-in.",
+    )
+    identity_client_id: str | None = Field(
+        default=None,
+        description="Client id of a user-assigned managed identity; default: the system-assigned one.",
+    )
+    auth_issuers: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(),
+        description="Issuers whose bearer tokens are accepted, comma separated https:// URLs; none: no sign-in, and "
+        "the service listens on loopback addresses only.",
+    )
+    auth_audiences: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(), description="Audiences that a bearer token may be meant for, comma separated; needed with issuers."
+    )
+    auth_algorithms: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=("RS256", "PS256", "ES256"),
+        description="Signature algorithms that are accepted, comma separated; asymmetric ones only.",
+    )
+    auth_roles_claim: str = Field(default="roles", min_length=1, description="The claim that holds a caller's roles.")
+    auth_leeway_seconds: float = Field(
+        default=60.0, ge=0, le=600, description="Difference of clocks that is tolerated in tokens, in seconds."
+    )
+    roles_file: Path | None = Field(
+        default=None, description="TOML file that says which role may do what; default: the built-in roles."
+    )
+    allow_anonymous: bool = Field(
+        default=False,
+        description="Serve without sign-in also on addresses that others can reach: everybody may do everything.",
+    )
+    tls_cert: Path | None = Field(default=None, description="PEM file with the server's certificate chain.")
+    tls_key: Path | None = Field(default=None, description="PEM file with the certificate's private key.")
+    trusted_proxies: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(),
+        description="Addresses or networks of proxies whose X-Forwarded-For and -Proto are believed, comma separated.",
+    )
+    cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(), description="Origins whose web pages may call the service, comma separated."
+    )
+    audit_log: Path | None = Field(
+        default=None, description="File that the audit trail is appended to; default: audit.log in the data folder."
+    )
+    operations_max: int = Field(
+        default=100, ge=1, le=100_000, description="Operations that may be active at the same time, in all."
+    )
+    operations_max_per_caller: int = Field(
+        default=20, ge=1, le=100_000, description="Operations that one caller may have active at the same time."
+    )
+    max_header_bytes: int = Field(
+        default=65_536, ge=8192, le=4 * _MIB, description="Bytes of a request's head, at most."
+    )
+    header_seconds: float = Field(
+        default=10.0,
+        gt=0,
+        le=600,
+        description="Time for a request's head to arrive, and for a connection to stay idle.",
+    )
+    body_idle_seconds: float = Field(
+        default=30.0, gt=0, le=3600, description="Longest pause between two pieces of a request's body."
+    )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
         default="INFO", description="Least severe log line that is written."
     )
 
-    @field_validator("secret_keys", "export_allowed_endpoints", mode="before")
+    @field_validator(
+        "secret_keys",
+        "export_allowed_endpoints",
+        "export_allowed_hosts",
+        "auth_issuers",
+        "auth_audiences",
+        "auth_algorithms",
+        "trusted_proxies",
+        "cors_origins",
+        mode="before",
+    )
     @classmethod
     def _split_list(cls, value: Any) -> Any:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
@@ -175,6 +261,50 @@ class Settings(BaseSettings):
                 "one instance must fit into the bytes in flight"
             )
         return self
+
+    @field_validator("export_allowed_hosts")
+    @classmethod
+    def _suffixes(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not all(suffix.startswith(".") and suffix.count(".") >= 2 for suffix in value):
+            raise ValueError("each must begin with a dot and name a domain, as in .blob.core.windows.net")
+        return tuple(suffix.lower() for suffix in value)
+
+    @field_validator("auth_issuers")
+    @classmethod
+    def _issuers(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for issuer in value:
+            parts = urlsplit(issuer)
+            is_local = parts.hostname in ("127.0.0.1", "localhost", "::1")
+            if not parts.hostname or not (parts.scheme == "https" or (parts.scheme == "http" and is_local)):
+                raise ValueError("each must be an https:// URL (http:// only on the loopback address)")
+        return value
+
+    @field_validator("auth_algorithms")
+    @classmethod
+    def _algorithms(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        known = {f"{family}{bits}" for family in ("RS", "PS", "ES") for bits in (256, 384, 512)} | {"EdDSA"}
+        if not value or not set(value) <= known:
+            raise ValueError(f"each must be one of {', '.join(sorted(known))}")
+        return value
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _networks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for network in value:
+            ip_network(network, strict=False)
+        return value
+
+    @model_validator(mode="after")
+    def _belongs_together(self) -> Settings:
+        if self.auth_issuers and not self.auth_audiences:
+            raise ValueError(f"{PREFIX}AUTH_AUDIENCES is needed with {PREFIX}AUTH_ISSUERS")
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError(f"{PREFIX}TLS_CERT and {PREFIX}TLS_KEY belong together")
+        return self
+
+    @property
+    def audit_path(self) -> Path:
+        return self.audit_log if self.audit_log is not None else self.data_dir / "audit.log"
 
     @property
     def database_path(self) -> Path:

@@ -10,6 +10,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import NamedTuple, Protocol
 
+from dicom_depot.domain.access import Caller
 from dicom_depot.domain.export import (
     ChunkOutcome,
     ClaimedChunk,
@@ -19,6 +20,7 @@ from dicom_depot.domain.export import (
     PlannedInstance,
 )
 from dicom_depot.domain.identifiers import InstanceRef, Ref
+from dicom_depot.domain.identity import AccessToken, IdentityDescription
 from dicom_depot.domain.instance import InstanceRecord, StoredObject
 from dicom_depot.domain.operation import Operation, OperationError, OperationId, OperationStatus
 
@@ -397,4 +399,44 @@ class DurableEngine(Protocol):
 
     def settle(self, operation_id: OperationId) -> None:
         """Finish the operation if nothing of it is in flight. Idempotent."""
+        ...
+
+
+class ManagedIdentity(Protocol):
+    """The service's identity: a stored switch, and tokens while it is on. Safe for many threads."""
+
+    def is_enabled(self) -> bool:
+        """Whether the operator has switched it on; off at first, the same for all processes."""
+        ...
+
+    def set_enabled(self, *, on: bool) -> None:
+        """Durable on return. Idempotent."""
+        ...
+
+    def describe(self) -> IdentityDescription:
+        """What a fresh enough token says. Raises IdentityUnavailable that says what the host lacks."""
+        ...
+
+    def token(self) -> AccessToken:
+        """A token for the storage service with enough life left for a request; kept, renewed in time, and asked for
+        once however many threads need it. Raises IdentityUnavailable.
+        """
+        ...
+
+
+class TokenVerifier(Protocol):
+    """Checks callers' bearer tokens."""
+
+    def verify(self, token: str) -> Caller:
+        """The caller that a valid token stands for. Raises Unauthenticated, ServiceUnavailable when the issuer's keys
+        cannot be fetched.
+        """
+        ...
+
+
+class AuditTrail(Protocol):
+    """Where it is recorded who did what. No patient data, no secrets."""
+
+    def record(self, event: str, **fields: object) -> None:
+        """Append one line. Never raises."""
         ...

@@ -119,6 +119,8 @@ operations = sa.Table(
     sa.Column("log_lines", sa.BigInteger(), nullable=False, server_default="0"),
     sa.Column("log_bytes", sa.BigInteger(), nullable=False, server_default="0"),
     sa.Column("log_written_at", _time, nullable=False),
+    sa.Column("generation", sa.Integer(), nullable=False, server_default="1"),
+    sa.Column("created_by", sa.String(512), nullable=False, server_default=""),
     sa.Index("ix_operations_created_at_id", "created_at", "id"),
 )
 
@@ -150,3 +152,11 @@ operation_failures = sa.Table(
     sa.Column("occurred_at", _time, nullable=False),
     sa.ForeignKeyConstraint(["operation_id", "chunk"], ["operation_chunks.operation_id", "operation_chunks.number"]),
 )
+
+switches = sa.Table(
+    "switches",
+    metadata,
+    sa.Column("name", sa.String(64), primary_key=True),
+    sa.Column("is_on", sa.Boolean(), nullable=False),
+)
+"""What an operator switches on and off at run time, for all processes: the managed identity."""

@@ -59,7 +59,8 @@ def with_setting_flags(command: Callable[..., None]) -> Callable[..., None]:
     flags = [_flag("config", f"TOML file with settings (or {CONFIG_VARIABLE}).", "file")]
     for name, field in Settings.model_fields.items():
         if name not in _SECRET:
-            flags.append(_flag(name, field.description or "", PREFIX + name.upper()))
+            is_switch = field.annotation is bool
+            flags.append(_flag(name, field.description or "", PREFIX + name.upper(), is_switch=is_switch))
 
     @functools.wraps(command)
     def run(*, context: typer.Context, **arguments: Any) -> None:
@@ -76,18 +77,19 @@ def with_setting_flags(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def _flag(name: str, description: str, origin: str) -> inspect.Parameter:
+def _flag(name: str, description: str, origin: str, *, is_switch: bool = False) -> inspect.Parameter:
+    flag = name.replace("_", "-")
     option = typer.Option(
-        f"--{name.replace('_', '-')}",
+        f"--{flag}/--no-{flag}" if is_switch else f"--{flag}",
         help=f"{description} [{origin}]",
-        metavar="VALUE",
+        metavar=None if is_switch else "VALUE",
         rich_help_panel=_PANEL,
     )
     return inspect.Parameter(
         _PREFIX + name,
         inspect.Parameter.KEYWORD_ONLY,
         default=None,
-        annotation=Annotated[str | None, option],
+        annotation=Annotated[bool | None, option] if is_switch else Annotated[str | None, option],
     )
 
 

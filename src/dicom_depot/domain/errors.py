@@ -6,6 +6,11 @@
     │   ├── DestinationRefused    the destination is not allowed, unreachable or not writable
     │   ├── PayloadTooLarge       a body over its limit
     │   └── UnsupportedMediaType  a body of the wrong content type
+    ├── Unauthenticated           no bearer token, or one that is not accepted
+    ├── Forbidden                 the caller's roles do not allow the action
+    ├── TooManyOperations         a limit of operations at the same time
+    ├── RequestTimeout            a body that stopped arriving
+    ├── IdentityUnavailable       the host gives no managed identity, or no token for it
     ├── NotFound                  unknown operation, study, series or instance
     ├── Conflict                  the resource is not in a state that allows the request
     ├── IdempotencyKeyReused      same Idempotency-Key, another specification
@@ -66,6 +71,36 @@ class UnsupportedMediaType(DepotError):
     """The body's content type is not one that the route reads."""
 
     code = "UnsupportedMediaType"
+
+
+class Unauthenticated(DepotError):
+    """The request has no bearer token, or one that is not accepted. The message never repeats the token."""
+
+    code = "Unauthenticated"
+
+
+class Forbidden(DepotError):
+    """The caller is known, and its roles do not allow the action. The message names the action."""
+
+    code = "Forbidden"
+
+
+class TooManyOperations(DepotError):
+    """A limit of operations at the same time is reached."""
+
+    code = "TooManyOperations"
+
+
+class RequestTimeout(DepotError):
+    """The body stopped arriving."""
+
+    code = "RequestTimeout"
+
+
+class IdentityUnavailable(DepotError):
+    """The host gives the service no identity, or no token for it."""
+
+    code = "IdentityUnavailable"
 
 
 class NotFound(DepotError):

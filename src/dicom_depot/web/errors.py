@@ -16,11 +16,16 @@ _log = logging.getLogger(__name__)
 
 STATUSES: tuple[tuple[type[errors.DepotError], int], ...] = (
     (errors.InvalidRequest, 400),
+    (errors.IdentityUnavailable, 400),
+    (errors.Unauthenticated, 401),
+    (errors.Forbidden, 403),
     (errors.NotFound, 404),
+    (errors.RequestTimeout, 408),
     (errors.Conflict, 409),
     (errors.PayloadTooLarge, 413),
     (errors.UnsupportedMediaType, 415),
     (errors.IdempotencyKeyReused, 422),
+    (errors.TooManyOperations, 429),
     (errors.StorageFull, 503),
     (errors.ServiceUnavailable, 503),
 )
@@ -54,7 +59,7 @@ async def _depot_error(request: Request, error: Exception) -> JSONResponse:
     status = status_of(error)
     if status == 500:
         return await _unexpected(request, error)
-    headers = {"Retry-After": str(RETRY_AFTER_SECONDS)} if status == 503 else None
+    headers = {"Retry-After": str(RETRY_AFTER_SECONDS)} if status in (429, 503) else None
     return error_response(status, error.code, error.message, error.target, headers)
 
 
