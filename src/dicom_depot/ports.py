@@ -98,6 +98,13 @@ class SelectionPage(NamedTuple):
     resume_after: Cursor | None
 
 
+class Remaining(NamedTuple):
+    """Of some index rows: how many there still are, and the store keys of those among them that are deleted."""
+
+    row_count: int
+    deleted_keys: list[str]
+
+
 class IndexEntry(NamedTuple):
     """One index row for checking it against the store."""
 
@@ -155,6 +162,10 @@ class InstanceIndex(Protocol):
         """The rows of `instance_ids` in that order, deleted ones included until they are swept."""
         ...
 
+    def remaining(self, instance_ids: Sequence[int]) -> Remaining:
+        """What has not been swept of these rows."""
+        ...
+
     def scan(self, after: int, limit: int) -> list[IndexEntry]:
         """Index rows by internal id, for checking."""
         ...
@@ -167,6 +178,12 @@ class InstanceIndex(Protocol):
 
     def forget(self, instance_ids: Sequence[int]) -> None:
         """Remove rows for good. Idempotent."""
+        ...
+
+    def forgotten_up_to(self) -> int:
+        """The highest number of a deletion whose row is gone: a cut-off from there on still sees all of its instances.
+        0 when nothing was ever forgotten.
+        """
         ...
 
 
@@ -183,14 +200,26 @@ class NewOperation:
     log_etag: str | None
     fingerprint: str
     idempotency_key: str | None
+    created_by: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class OperationLimits:
+    """How many operations may be active at the same time. The second one does not hold for callers without a key:
+    where there is no sign-in, everybody is one caller.
+    """
+
+    in_all: int
+    per_caller: int
 
 
 class ChunkPosition(NamedTuple):
-    """How far planning is: `resume` is opaque text of the planner's."""
+    """How far planning is, and in which generation: `resume` is opaque text of the planner's."""
 
     next_number: int
     resume: str | None
     is_planned: bool
+    generation: int
 
 
 class LogState(NamedTuple):
@@ -209,7 +238,7 @@ class OperationStore(Protocol):
     def create(self, operation: NewOperation) -> Operation:
         """Record a new operation, or return the one that has the same idempotency key.
 
-        Raises IdempotencyKeyReused when that one's fingerprint differs.
+        Raises IdempotencyKeyReused when that one's fingerprint differs, TooManyOperations.
         """
         ...
 
@@ -221,10 +250,18 @@ class OperationStore(Protocol):
         """Raises NotFound."""
         ...
 
+    def ensure_room(self, created_by: str) -> None:
+        """Raises TooManyOperations when `create` would. Spares the destination a needless proof."""
+        ...
+
     def page(
-        self, limit: int, before: tuple[datetime, str] | None, status: frozenset[OperationStatus] | None
+        self,
+        limit: int,
+        before: tuple[datetime, str] | None,
+        status: frozenset[OperationStatus] | None,
+        created_by: str | None = None,
     ) -> list[Operation]:
-        """Operations, newest first, older than (created at, id) `before`."""
+        """Operations, newest first, older than (created at, id) `before`; of one creator, or of all."""
         ...
 
     def active(self) -> list[OperationId]:
@@ -260,8 +297,8 @@ class OperationStore(Protocol):
         following: ChunkPosition,
     ) -> bool:
         """Append chunks and move on to `following`. Does nothing and returns False when planning is no longer at
-        `position` (somebody else got here) or the operation no longer runs. A chunk of unmatched identifiers is
-        done at once, with its `failures`.
+        `position` (somebody else got here, or the operation was resumed) or the operation no longer runs. A chunk of
+        unmatched identifiers is done at once, with its `failures`.
         """
         ...
 
@@ -271,9 +308,9 @@ class OperationStore(Protocol):
         """
         ...
 
-    def claim_chunk(self, operation_id: OperationId, number: int) -> ClaimedChunk | None:
-        """Take a chunk with a new attempt number, from whoever had it. None when it is done or the operation no
-        longer runs (a chunk that was in flight then counts as stopped).
+    def claim_chunk(self, operation_id: OperationId, generation: int, number: int) -> ClaimedChunk | None:
+        """Take a chunk with a new attempt number, from whoever had it. None when it is done, the operation no longer
+        runs (a chunk that was in flight then counts as stopped), or `generation` is not its present one.
         """
         ...
 
@@ -283,8 +320,16 @@ class OperationStore(Protocol):
         """
         ...
 
-    def stop(self, operation_id: OperationId, into: OperationStatus, error: OperationError | None) -> Operation:
-        """Move a running operation to FAILING or CANCELING; anything else is left as it is and returned."""
+    def stop(
+        self,
+        operation_id: OperationId,
+        into: OperationStatus,
+        error: OperationError | None,
+        generation: int | None = None,
+    ) -> Operation:
+        """Move a running operation to FAILING or CANCELING; anything else, also one that has left `generation` behind,
+        is left as it is and returned.
+        """
         ...
 
     def statuses(self, operation_ids: Sequence[OperationId]) -> dict[OperationId, OperationStatus]:
@@ -309,6 +354,19 @@ class OperationStore(Protocol):
 
     def finish(self, operation_id: OperationId) -> Operation:
         """Enter the terminal state that belongs to the present one and erase the secret. Idempotent."""
+        ...
+
+    def unfinished(self, operation_id: OperationId, after: int, limit: int) -> list[tuple[int, Sequence[int]]]:
+        """Number and instance ids of chunks that are not done, by number, above `after`."""
+        ...
+
+    def resume(self, operation_id: OperationId, generation: int, sealed_secret: str | None) -> Operation | None:
+        """Let an operation that failed or was canceled run again, as its next generation and with this secret.
+
+        Chunks that are not done are planned again; what a stopped one had counted is taken back, with its failures.
+        None, and no effect, when `generation` is no longer the present one or the operation is in another state: of
+        two that resume it, one does. Raises NotFound, TooManyOperations.
+        """
         ...
 
     def purge(self, ended_before: datetime) -> list[OperationId]:
@@ -347,8 +405,8 @@ class Destination(Protocol):
         """
         ...
 
-    def remove_log(self, key: str) -> None:
-        """Remove the log if that is allowed. Never raises."""
+    def remove_log(self, key: str) -> bool:
+        """Remove the log if that is allowed, and return whether it was. Never raises."""
         ...
 
     def close(self) -> None:
@@ -410,17 +468,21 @@ class ManagedIdentity(Protocol):
         ...
 
     def set_enabled(self, *, on: bool) -> None:
-        """Durable on return. Idempotent."""
+        """Durable on return. Idempotent. Raises IdentityUnavailable, and stays off, where the host has no identity."""
         ...
 
     def describe(self) -> IdentityDescription:
-        """What a fresh enough token says. Raises IdentityUnavailable that says what the host lacks."""
+        """What a fresh enough token says. Raises IdentityDisabled, IdentityUnavailable (what the host lacks)."""
         ...
 
     def token(self) -> AccessToken:
         """A token for the storage service with enough life left for a request; kept, renewed in time, and asked for
-        once however many threads need it. Raises IdentityUnavailable.
+        once however many threads need it. Raises IdentityUnavailable, IdentityDisabled.
         """
+        ...
+
+    def discard(self, token: AccessToken) -> None:
+        """Forget a token that the storage service did not accept; a newer one stays."""
         ...
 
 

@@ -2,29 +2,44 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
+from dicom_depot.adapters.audit_file import AuditFile
 from dicom_depot.adapters.database import Database
+from dicom_depot.adapters.destination_guard import DestinationGuard
 from dicom_depot.adapters.destinations import Destinations
 from dicom_depot.adapters.folder_lock import FolderLock
 from dicom_depot.adapters.index_sql import SqlIndex
+from dicom_depot.adapters.jwt_verifier import JwtVerifier
 from dicom_depot.adapters.local_folder import FolderBlobStore
+from dicom_depot.adapters.managed_identity import AzureManagedIdentity
 from dicom_depot.adapters.operations_sql import SqlOperations
+from dicom_depot.adapters.roles_file import read_roles
 from dicom_depot.adapters.sealing import AesSecretBox, key_file, parse_keys
+from dicom_depot.adapters.switches_sql import SqlSwitches
 from dicom_depot.config import Settings
 from dicom_depot.domain.errors import ConfigurationError
 from dicom_depot.export.copier import CopyPool
 from dicom_depot.export.planner import Planner
+from dicom_depot.export.resume import ResumeService
 from dicom_depot.export.runner import ExportRunner
 from dicom_depot.export.service import ExportService
-from dicom_depot.ports import BlobStore, InstanceIndex
+from dicom_depot.ports import (
+    BlobStore,
+    DestinationFactory,
+    InstanceIndex,
+    ManagedIdentity,
+    OperationLimits,
+    TokenVerifier,
+)
 from dicom_depot.services.upkeep import Upkeep
 from dicom_depot.workflows.engine import CHUNKS_IN_ALL, WINDOW, DbosEngine
 
@@ -42,7 +57,11 @@ class Service:
     index: InstanceIndex
     store: BlobStore
     exports: ExportService
+    resumes: ResumeService
     upkeep: Upkeep
+    verifier: TokenVerifier | None
+    audit: AuditFile
+    identity: ManagedIdentity
     _engine: DbosEngine
     _lock: FolderLock
     _closed: threading.Event = field(default_factory=threading.Event)
@@ -51,6 +70,7 @@ class Service:
         self._closed.set()
         self._engine.close()
         self.database.close()
+        self.audit.close()
         self._lock.release()
 
     def keep_up(self) -> None:
@@ -82,15 +102,11 @@ def open_service(settings: Settings) -> Service:
 def _open_locked(settings: Settings, lock: FolderLock) -> Service:
     database = _open_database(settings)
     index = SqlIndex(database)
-    operations = SqlOperations(database)
+    operations = SqlOperations(database, OperationLimits(settings.operations_max, settings.operations_max_per_caller))
+    audit = AuditFile(settings.audit_path)
     store = _open_store(settings, index)
-    destinations = Destinations(
-        export_root=settings.export_root,
-        allowed_endpoints=settings.export_allowed_endpoints,
-        allow_anonymous=settings.export_allow_anonymous,
-        request_seconds=settings.export_request_seconds,
-        content_md5=settings.export_content_md5,
-    )
+    identity = _managed_identity(settings, database)
+    destinations = _destinations(settings, identity)
     secrets = AesSecretBox(_secret_keys(settings))
     planner = Planner(index, operations, settings.chunk_instances, settings.chunk_bytes)
     runner = ExportRunner(
@@ -108,6 +124,7 @@ def _open_locked(settings: Settings, lock: FolderLock) -> Service:
         ),
         retry_seconds=settings.export_retry_seconds,
         window=WINDOW,
+        audit=audit,
     )
     engine = DbosEngine(settings.data_dir / "workflows.sqlite", runner, operations)
     exports = ExportService(
@@ -119,6 +136,7 @@ def _open_locked(settings: Settings, lock: FolderLock) -> Service:
         runner=runner,
         engine=engine,
         identifiers_max=settings.max_identifiers,
+        audit=audit,
     )
     upkeep = Upkeep(
         index=index,
@@ -127,10 +145,71 @@ def _open_locked(settings: Settings, lock: FolderLock) -> Service:
         retention=timedelta(days=settings.operation_retention_days),
         delete_delay=timedelta(seconds=settings.delete_delay_seconds),
     )
-    service = Service(settings, database, index, store, exports, upkeep, engine, lock)
+    resumes = ResumeService(
+        index=index,
+        store=store,
+        operations=operations,
+        destinations=destinations,
+        secrets=secrets,
+        engine=engine,
+        hold_sweeps=upkeep.held,
+        audit=audit,
+    )
+    verifier = token_verifier(settings)
+    service = Service(
+        settings, database, index, store, exports, resumes, upkeep, verifier, audit, identity, engine, lock
+    )
     engine.launch()
     threading.Thread(target=service.keep_up, name="upkeep", daemon=True).start()
     return service
+
+
+def token_verifier(settings: Settings) -> TokenVerifier | None:
+    """What checks callers' tokens; None without sign-in. Asks no issuer yet.
+
+    Raises ConfigurationError when the roles file cannot be used.
+    """
+    roles = read_roles(settings.roles_file)
+    if not settings.auth_issuers:
+        return None
+    return JwtVerifier(
+        issuers=settings.auth_issuers,
+        audiences=settings.auth_audiences,
+        algorithms=settings.auth_algorithms,
+        roles_claim=settings.auth_roles_claim,
+        leeway_seconds=settings.auth_leeway_seconds,
+        roles=roles,
+    )
+
+
+def _managed_identity(settings: Settings, database: Database) -> ManagedIdentity:
+    return AzureManagedIdentity(
+        SqlSwitches(database), source=settings.identity_source, client_id=settings.identity_client_id
+    )
+
+
+def _destinations(settings: Settings, identity: ManagedIdentity) -> DestinationFactory:
+    return Destinations(
+        export_root=settings.export_root,
+        guard=DestinationGuard(settings.export_allowed_endpoints, settings.export_allowed_hosts),
+        allow_anonymous=settings.export_allow_anonymous,
+        request_seconds=settings.export_request_seconds,
+        content_md5=settings.export_content_md5,
+        identity=identity,
+        is_cli_identity=settings.identity_source == "cli",
+    )
+
+
+@contextlib.contextmanager
+def opened_identity(settings: Settings) -> Iterator[tuple[ManagedIdentity, DestinationFactory]]:
+    """Only the identity and the destinations that it signs in to; also beside a running service."""
+    prepare_data_folder(settings)
+    database = _open_database(settings)
+    try:
+        identity = _managed_identity(settings, database)
+        yield identity, _destinations(settings, identity)
+    finally:
+        database.close()
 
 
 def open_stores(settings: Settings) -> tuple[BlobStore, InstanceIndex]:

@@ -28,6 +28,8 @@ PAGES = [
     "docs/how-to/run-azurite.md",
     "docs/how-to/export-to-azure.md",
     "docs/how-to/back-up-and-restore.md",
+    "docs/how-to/sign-in-and-roles.md",
+    "docs/how-to/behind-a-proxy.md",
 ]
 COMMAND_SECONDS = 120
 
@@ -102,6 +104,7 @@ def test_every_link_between_pages_leads_somewhere() -> None:
     pages = [
         ROOT / "README.md",
         ROOT / "ARCHITECTURE.md",
+        ROOT / "SECURITY.md",
         ROOT / "benchmarks/README.md",
         *(ROOT / "docs").rglob("*.md"),
     ]

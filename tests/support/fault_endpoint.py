@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import re
 import socket
+import ssl
 import struct
 import threading
 import time
@@ -19,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, cast
 from urllib.parse import parse_qsl, unquote, urlsplit
@@ -144,7 +146,8 @@ class FaultEndpoint:
     `objects` is keyed by "container/blob"; any account and container exists.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, https: tuple[Path, Path] | None = None) -> None:
+        """https: certificate and key, both PEM files, to listen with TLS."""
         self.objects: dict[str, StoredObject] = {}
         self.requests: list[RequestRecord] = []
         self._blocks: dict[str, dict[str, bytes]] = {}
@@ -155,7 +158,8 @@ class FaultEndpoint:
         self._lock = threading.RLock()
         self._stopped = threading.Event()
         self._started_at = time.monotonic()
-        self._server = _Server(self)
+        self._server = _Server(self, https)
+        self._scheme = "http" if https is None else "https"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
 
     def __enter__(self) -> Self:
@@ -177,7 +181,7 @@ class FaultEndpoint:
 
     @property
     def account_url(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_address[1]}/account"
+        return f"{self._scheme}://127.0.0.1:{self._server.server_address[1]}/account"
 
     def container_url(self, container: str, sas: str | None = "sv=x&sig=secret") -> str:
         url = f"{self.account_url}/{container}"
@@ -372,13 +376,19 @@ class _Server(ThreadingHTTPServer):
     block_on_close = False  # a handler may hang on purpose
     request_queue_size = 128
 
-    def __init__(self, endpoint: FaultEndpoint) -> None:
+    def __init__(self, endpoint: FaultEndpoint, https: tuple[Path, Path] | None) -> None:
         self.endpoint = endpoint
+        self._tls: ssl.SSLContext | None = None
+        if https is not None:
+            self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            self._tls.load_cert_chain(*https)
         self._connections: set[socket.socket] = set()
         super().__init__(("127.0.0.1", 0), _Handler)
 
     def get_request(self) -> tuple[socket.socket, Any]:
         connection, address = super().get_request()
+        if self._tls is not None:  # the handshake comes with the first read, in the connection's own thread
+            connection = self._tls.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
         self._connections.add(connection)
         return connection, address
 

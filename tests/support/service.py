@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -56,6 +57,7 @@ class RunningService:
     settings: dict[str, object] = field(default_factory=dict)
     port: int = field(default_factory=free_port)
     process: subprocess.Popen[bytes] | None = None
+    verify: ssl.SSLContext | bool = True
 
     @property
     def url(self) -> str:
@@ -80,7 +82,7 @@ class RunningService:
             if self.process.poll() is not None:
                 break
             try:
-                if httpx.get(f"{self.url}/health/check", timeout=2).status_code == 200:
+                if httpx.get(f"{self.url}/health/check", timeout=2, verify=self.verify).status_code == 200:
                     return
             except httpx.TransportError:
                 time.sleep(0.05)

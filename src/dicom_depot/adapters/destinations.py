@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from dicom_depot.adapters import azure_blob
+from dicom_depot.adapters.azure_blob import AzureDestination, log_href
+from dicom_depot.adapters.azure_settings import AzureSettings
+from dicom_depot.adapters.destination_guard import DestinationGuard, parse_endpoint
 from dicom_depot.adapters.local_folder import FolderDestination, check_folder
 from dicom_depot.domain.errors import DestinationRefused
 from dicom_depot.domain.export import DestinationSpec
-from dicom_depot.ports import Destination
+from dicom_depot.ports import Destination, ManagedIdentity
 
 FILE_TYPE = "file"
 
@@ -20,10 +22,12 @@ class Destinations:
     """`ports.DestinationFactory`, with what the settings allow."""
 
     export_root: Path | None
-    allowed_endpoints: tuple[str, ...]
+    guard: DestinationGuard
     allow_anonymous: bool
     request_seconds: float
     content_md5: bool
+    identity: ManagedIdentity
+    is_cli_identity: bool = False
 
     def parse(self, type_: str, settings: Mapping[str, object]) -> DestinationSpec:
         if type_ == FILE_TYPE:
@@ -34,17 +38,27 @@ class Destinations:
                     target="destination.type",
                 )
             return DestinationSpec(FILE_TYPE, {"folder": check_folder(str(settings.get("folder") or ""))})
-        return azure_blob.parse_settings(settings, self.allowed_endpoints, allow_anonymous=self.allow_anonymous)
+        return AzureSettings(self.guard, self.allow_anonymous, self.identity.is_enabled).parse(settings)
 
     def log_href(self, spec: DestinationSpec, key: str) -> str:
         if spec.type == FILE_TYPE:
             folder = spec.public["folder"]
             return f"{folder}/{key}" if folder else key
-        return azure_blob.log_href(spec, key)
+        return log_href(spec, key)
 
     def open(self, spec: DestinationSpec) -> Destination:
         if spec.type == FILE_TYPE:
             if self.export_root is None:
                 raise DestinationRefused("Folder destinations are switched off.", target="destination.type")
             return FolderDestination(self.export_root, spec.public["folder"])
-        return azure_blob.AzureDestination(spec, request_seconds=self.request_seconds, content_md5=self.content_md5)
+        endpoint = parse_endpoint(spec.public["endpoint"])
+        if endpoint is None:
+            raise DestinationRefused("The endpoint is not one that this release knows.", target="destination.settings")
+        self.guard.check_address(endpoint)
+        return AzureDestination(
+            spec,
+            request_seconds=self.request_seconds,
+            content_md5=self.content_md5,
+            identity=self.identity,
+            is_cli_identity=self.is_cli_identity,
+        )

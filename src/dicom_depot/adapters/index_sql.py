@@ -16,7 +16,7 @@ from dicom_depot.domain.export import PlannedInstance
 from dicom_depot.domain.identifiers import InstanceRef, Ref, SeriesRef, StudyRef
 from dicom_depot.domain.instance import InstanceRecord, StoredObject
 from dicom_depot.domain.search import Level, attributes_of
-from dicom_depot.ports import AddOutcome, Cursor, IndexEntry, KnownInstance, SelectionPage
+from dicom_depot.ports import AddOutcome, Cursor, IndexEntry, KnownInstance, Remaining, SelectionPage
 
 _BATCH = 500
 """Identifiers in one statement: far below every database's limit of bound parameters."""
@@ -24,6 +24,7 @@ _BATCH = 500
 _T = TypeVar("_T")
 
 _UINT64 = (1 << 64) - 1
+_FORGOTTEN = "forgotten"
 
 
 class SqlIndex:
@@ -127,6 +128,17 @@ class SqlIndex:
                     found[id_] = StoredObject(id_, study, series_, sop, key, size, xxh3 & _UINT64)
         return [found[id_] for id_ in instance_ids if id_ in found]
 
+    def remaining(self, instance_ids: Sequence[int]) -> Remaining:
+        count, deleted_keys = 0, list[str]()
+        with self._database.read() as connection:
+            for batch in _batches(instance_ids):
+                numbers = ",".join(str(int(id_)) for id_ in batch)
+                rows = f"FROM instances WHERE id IN ({numbers})"
+                count += connection.exec_driver_sql(f"SELECT count(*) {rows}").scalar_one()
+                deleted = connection.exec_driver_sql(f"SELECT store_key {rows} AND deleted_sequence <> 0")
+                deleted_keys.extend(deleted.scalars())
+        return Remaining(count, deleted_keys)
+
     def scan(self, after: int, limit: int) -> list[IndexEntry]:
         statement = (
             sa.select(
@@ -161,8 +173,14 @@ class SqlIndex:
     def forget(self, instance_ids: Sequence[int]) -> None:
         with self._database.write() as connection:
             for batch in _batches(instance_ids):
+                _note_forgotten(connection, batch)
                 connection.execute(sa.delete(instance_metadata).where(instance_metadata.c.instance_id.in_(batch)))
                 connection.execute(sa.delete(instances).where(instances.c.id.in_(batch)))
+
+    def forgotten_up_to(self) -> int:
+        statement = sa.select(counters.c.value).where(counters.c.name == _FORGOTTEN)
+        with self._database.read() as connection:
+            return int(connection.execute(statement).scalar_one_or_none() or 0)
 
 
 def _batches(items: Sequence[_T]) -> Iterator[Sequence[_T]]:
@@ -228,6 +246,20 @@ def _take_numbers(connection: sa.Connection, count: int) -> int:
         .returning(counters.c.value)
     ).scalar_one()
     return int(last) - count + 1
+
+
+def _note_forgotten(connection: sa.Connection, instance_ids: Sequence[int]) -> None:
+    """Keep the highest number of a deletion whose row goes now."""
+    highest = sa.select(sa.func.max(instances.c.deleted_sequence)).where(instances.c.id.in_(instance_ids))
+    number = connection.execute(highest).scalar_one() or 0
+    statement = insert(counters).values(name=_FORGOTTEN, value=number)
+    connection.execute(
+        statement.on_conflict_do_update(
+            index_elements=("name",),
+            set_={"value": statement.excluded.value},
+            where=counters.c.value < statement.excluded.value,
+        )
+    )
 
 
 def _insert(connection: sa.Connection, records: Sequence[InstanceRecord]) -> None:

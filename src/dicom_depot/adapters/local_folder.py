@@ -33,6 +33,7 @@ from dicom_depot.domain.errors import (
     DestinationFault,
     DestinationRefused,
     FaultKind,
+    Obstacle,
     SourceFault,
     StorageFull,
 )
@@ -368,17 +369,20 @@ class FolderDestination:
             raise failed.error from None
         return etag
 
-    def remove_log(self, key: str) -> None:
+    def remove_log(self, key: str) -> bool:
+        is_removed = False
         with suppress(OSError, DestinationFault):
             directory, name = self._place(key)
             with self._opened(directory, create=False) as directory_fd:
                 for leftover in (_part_name(name), name):
                     with suppress(FileNotFoundError):
                         os.unlink(leftover, dir_fd=directory_fd)
+            is_removed = True
             if directory != self._folder:
                 parent, _, folder_name = directory.rpartition("/")
                 with self._opened(parent, create=False) as parent_fd:
                     os.rmdir(folder_name, dir_fd=parent_fd)
+        return is_removed
 
     def close(self) -> None:
         self._directories.clear()
@@ -500,7 +504,8 @@ _DESTINATION_FAULTS = {
 
 def _destination_fault(error: OSError, shown: str) -> DestinationFault:
     code, kind = _DESTINATION_FAULTS.get(error.errno or 0, ("DestinationUnavailable", FaultKind.TRANSIENT))
-    return DestinationFault(code, f"{shown}: {_reason(error)}", kind)
+    obstacle = {"DestinationUnavailable": Obstacle.REACH, "DestinationNotFolder": Obstacle.CONTAINER}
+    return DestinationFault(code, f"{shown}: {_reason(error)}", kind, obstacle=obstacle.get(code, Obstacle.WRITE))
 
 
 def _rejected(shown: str) -> DestinationFault:

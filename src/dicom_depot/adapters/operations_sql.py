@@ -11,9 +11,11 @@ from typing import Any
 import sqlalchemy as sa
 
 from dicom_depot.adapters.database import Database
+from dicom_depot.adapters.operation_limits import refuse_too_many
+from dicom_depot.adapters.operation_resume import begin_next_generation
+from dicom_depot.adapters.schema import CHUNK_STATUSES, operation_failures, operations
 from dicom_depot.adapters.schema import operation_chunks as chunks
-from dicom_depot.adapters.schema import operation_failures, operations
-from dicom_depot.domain.errors import IdempotencyKeyReused, NotFound
+from dicom_depot.domain.errors import IdempotencyKeyReused
 from dicom_depot.domain.export import (
     ChunkOutcome,
     ClaimedChunk,
@@ -24,23 +26,26 @@ from dicom_depot.domain.export import (
 )
 from dicom_depot.domain.operation import (
     ACTIVE_STATUSES,
+    RESUMABLE_STATUSES,
     STOPPED_AS,
     TRANSITIONS,
     Operation,
     OperationError,
     OperationId,
     OperationStatus,
+    unknown_operation,
 )
-from dicom_depot.ports import ChunkPosition, LogState, NewOperation
+from dicom_depot.ports import ChunkPosition, LogState, NewOperation, OperationLimits
 
-_PLANNED, _RUNNING, _STOPPED, _DONE = "planned", "running", "stopped", "done"
+_PLANNED, _RUNNING, _STOPPED, _DONE = CHUNK_STATUSES
 
 
 class SqlOperations:
     """`ports.OperationStore` on a Database."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, limits: OperationLimits | None = None) -> None:
         self._database = database
+        self._limits = limits
 
     def create(self, operation: NewOperation) -> Operation:
         now = _now()
@@ -49,6 +54,7 @@ class SqlOperations:
                 earlier = _by_key(connection, operation.idempotency_key, operation.fingerprint)
                 if earlier is not None:
                     return earlier
+            refuse_too_many(connection, self._limits, operation.created_by)
             connection.execute(
                 sa.insert(operations).values(
                     id=operation.id,
@@ -66,9 +72,14 @@ class SqlOperations:
                     log_href=operation.log_href,
                     log_etag=operation.log_etag,
                     log_written_at=now,
+                    created_by=operation.created_by,
                 )
             )
             return _get(connection, operation.id)
+
+    def ensure_room(self, created_by: str) -> None:
+        with self._database.read() as connection:
+            refuse_too_many(connection, self._limits, created_by)
 
     def find_by_key(self, idempotency_key: str, fingerprint: str) -> Operation | None:
         with self._database.read() as connection:
@@ -79,7 +90,11 @@ class SqlOperations:
             return _get(connection, operation_id)
 
     def page(
-        self, limit: int, before: tuple[datetime, str] | None, status: frozenset[OperationStatus] | None
+        self,
+        limit: int,
+        before: tuple[datetime, str] | None,
+        status: frozenset[OperationStatus] | None,
+        created_by: str | None = None,
     ) -> list[Operation]:
         statement = (
             sa.select(*_OPERATION_COLUMNS).order_by(operations.c.created_at.desc(), operations.c.id.desc()).limit(limit)
@@ -90,6 +105,8 @@ class SqlOperations:
             )
         if status is not None:
             statement = statement.where(operations.c.status.in_(sorted(status)))
+        if created_by is not None:
+            statement = statement.where(operations.c.created_by == created_by)
         with self._database.read() as connection:
             return [_operation(row) for row in connection.execute(statement)]
 
@@ -195,13 +212,13 @@ class SqlOperations:
         with self._database.read() as connection:
             return list(connection.execute(statement).scalars())
 
-    def claim_chunk(self, operation_id: OperationId, number: int) -> ClaimedChunk | None:
+    def claim_chunk(self, operation_id: OperationId, generation: int, number: int) -> ClaimedChunk | None:
         this = (chunks.c.operation_id == operation_id) & (chunks.c.number == number)
         with self._database.write() as connection:
             row = connection.execute(
                 sa.select(chunks.c.status, chunks.c.attempt, chunks.c.instance_ids, operations.c.status)
                 .join(operations, operations.c.id == chunks.c.operation_id)
-                .where(this)
+                .where(this, operations.c.generation == generation)
             ).one_or_none()
             if row is None or row[0] in (_DONE, _STOPPED):
                 return None
@@ -248,9 +265,16 @@ class SqlOperations:
             )
             return True
 
-    def stop(self, operation_id: OperationId, into: OperationStatus, error: OperationError | None) -> Operation:
+    def stop(
+        self,
+        operation_id: OperationId,
+        into: OperationStatus,
+        error: OperationError | None,
+        generation: int | None = None,
+    ) -> Operation:
         with self._database.write() as connection:
-            if into in TRANSITIONS[_get(connection, operation_id).status]:
+            operation = _get(connection, operation_id)
+            if into in TRANSITIONS[operation.status] and generation in (None, operation.generation):
                 connection.execute(
                     sa.update(operations)
                     .where(operations.c.id == operation_id)
@@ -343,6 +367,25 @@ class SqlOperations:
                 )
             return _get(connection, operation_id)
 
+    def unfinished(self, operation_id: OperationId, after: int, limit: int) -> list[tuple[int, Sequence[int]]]:
+        statement = (
+            sa.select(chunks.c.number, chunks.c.instance_ids)
+            .where(chunks.c.operation_id == operation_id, chunks.c.number > after, chunks.c.status != _DONE)
+            .order_by(chunks.c.number)
+            .limit(limit)
+        )
+        with self._database.read() as connection:
+            return [(number, unpack_ids(packed)) for number, packed in connection.execute(statement)]
+
+    def resume(self, operation_id: OperationId, generation: int, sealed_secret: str | None) -> Operation | None:
+        with self._database.write() as connection:
+            operation = _get(connection, operation_id)
+            if operation.generation != generation or operation.status not in RESUMABLE_STATUSES:
+                return None
+            refuse_too_many(connection, self._limits, operation.created_by)
+            begin_next_generation(connection, operation_id, sealed_secret)
+            return _get(connection, operation_id)
+
     def purge(self, ended_before: datetime) -> list[OperationId]:
         with self._database.write() as connection:
             ids = list(
@@ -359,7 +402,7 @@ class SqlOperations:
         with self._database.read() as connection:
             row = connection.execute(sa.select(column).where(operations.c.id == operation_id)).one_or_none()
         if row is None:
-            raise _unknown(operation_id)
+            raise unknown_operation(operation_id)
         return row[0]
 
 
@@ -380,6 +423,8 @@ _OPERATION_COLUMNS = (
     operations.c.destination,
     operations.c.error_code,
     operations.c.error_message,
+    operations.c.created_by,
+    operations.c.generation,
 )
 
 
@@ -400,18 +445,16 @@ def _operation(row: Any) -> Operation:
         log_href=row.log_href,
         destination=row.destination,
         error=None if row.error_code is None else OperationError(row.error_code, row.error_message),
+        created_by=row.created_by,
+        generation=row.generation,
     )
 
 
 def _get(connection: sa.Connection, operation_id: OperationId) -> Operation:
     row = connection.execute(sa.select(*_OPERATION_COLUMNS).where(operations.c.id == operation_id)).one_or_none()
     if row is None:
-        raise _unknown(operation_id)
+        raise unknown_operation(operation_id)
     return _operation(row)
-
-
-def _unknown(operation_id: OperationId) -> NotFound:
-    return NotFound(f"There is no operation {operation_id}; ended operations are removed after their retention time.")
 
 
 def _by_key(connection: sa.Connection, key: str, fingerprint: str) -> Operation | None:
@@ -430,12 +473,12 @@ def _by_key(connection: sa.Connection, key: str, fingerprint: str) -> Operation 
 
 def _position(connection: sa.Connection, operation_id: OperationId) -> ChunkPosition:
     row = connection.execute(
-        sa.select(operations.c.next_chunk, operations.c.plan_resume, operations.c.is_planned).where(
-            operations.c.id == operation_id
-        )
+        sa.select(
+            operations.c.next_chunk, operations.c.plan_resume, operations.c.is_planned, operations.c.generation
+        ).where(operations.c.id == operation_id)
     ).one_or_none()
     if row is None:
-        raise _unknown(operation_id)
+        raise unknown_operation(operation_id)
     return ChunkPosition(*row)
 
 

@@ -140,6 +140,9 @@ operation_chunks = sa.Table(
     sa.Index("ix_operation_chunks_operation_id_status", "operation_id", "status"),
 )
 
+CHUNK_STATUSES = ("planned", "running", "stopped", "done")
+"""Not claimed yet; in flight; stopped early with its operation, counting what it did; complete."""
+
 operation_failures = sa.Table(
     "operation_failures",
     metadata,

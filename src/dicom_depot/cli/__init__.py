@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dicom_depot.cli import import_command, serve_command, settings_command
+from dicom_depot.cli import identity_command, import_command, serve_command, settings_command
 
 app = typer.Typer(
     name="dicom-depot",
@@ -23,6 +23,7 @@ for _name, _command in (
     ("migrate", settings_command.migrate),
 ):
     app.command(_name)(settings_command.with_setting_flags(_command))
+app.add_typer(identity_command.app, name="identity")
 
 
 @app.callback()

@@ -13,12 +13,15 @@ from typing import Any
 import typer
 from fastapi import FastAPI
 from granian import Granian
-from granian.constants import Interfaces
+from granian.constants import HTTPModes, Interfaces, SSLProtocols
+from granian.http import HTTP1Settings
 from starlette.concurrency import run_in_threadpool
 
 from dicom_depot import config, wiring
+from dicom_depot.adapters.audit_file import AuditFile
 from dicom_depot.adapters.folder_lock import FolderLock
 from dicom_depot.cli.common import ExitCode, err, explained_errors, fail, load_settings
+from dicom_depot.cli.serve_checks import check_exposure, check_tls
 from dicom_depot.config import CONFIG_VARIABLE, PREFIX, Settings
 from dicom_depot.telemetry import set_up_logging
 from dicom_depot.web.app import create_app
@@ -32,11 +35,14 @@ def serve(context: typer.Context) -> None:
     settings = load_settings(context)
     set_up_logging(settings.log_level)
     with explained_errors(ExitCode.FAILED):
+        check_exposure(settings)
+        check_tls(settings)
         _check_start(settings)
     port = settings.port or _free_port(settings.host)
     _export_flags(context, port)
     address = f"[{settings.host}]" if ":" in settings.host else settings.host
-    err.print(f"DICOM Depot listens on http://{address}:{port}, data in {settings.data_dir}", highlight=False)
+    scheme = "http" if settings.tls_cert is None else "https"
+    err.print(f"DICOM Depot listens on {scheme}://{address}:{port}, data in {settings.data_dir}", highlight=False)
     Granian(
         "dicom_depot.cli.serve_command:asgi_app",
         factory=True,
@@ -44,6 +50,15 @@ def serve(context: typer.Context) -> None:
         port=port,
         interface=Interfaces.ASGI,
         workers=1,
+        http=HTTPModes.http1,  # the limits below hold for it; a proxy may speak HTTP/2 to clients
+        http1_settings=HTTP1Settings(
+            header_read_timeout=max(1, round(settings.header_seconds * 1000)),
+            max_buffer_size=2 * settings.max_header_bytes,  # beyond the limit itself, so that we can explain it
+        ),
+        websockets=False,
+        ssl_cert=settings.tls_cert,
+        ssl_key=settings.tls_key,
+        ssl_protocol_min=SSLProtocols.tls12,
         respawn_failed_workers=True,
         log_enabled=settings.log_level == "DEBUG",
     ).serve()
@@ -59,16 +74,27 @@ def asgi_app() -> FastAPI:
     async def open_context() -> AsyncIterator[WebContext]:
         service = await run_in_threadpool(wiring.open_service, settings)
         try:
-            yield WebContext(settings, service.exports, service.index, service.store)
+            yield WebContext(
+                settings,
+                service.exports,
+                service.resumes,
+                service.index,
+                service.store,
+                service.verifier,
+                service.audit,
+                service.identity,
+            )
         finally:
             await run_in_threadpool(service.close)
 
-    return create_app(open_context)
+    return create_app(open_context, settings)
 
 
 def _check_start(settings: Settings) -> None:
     """What can be refused is refused here, before a worker process would try again and again."""
     wiring.prepare_data_folder(settings)
+    wiring.token_verifier(settings)
+    AuditFile(settings.audit_path).close()
     lock = FolderLock(settings.data_dir)
     lock.acquire()
     try:

@@ -11,8 +11,12 @@
     ├── TooManyOperations         a limit of operations at the same time
     ├── RequestTimeout            a body that stopped arriving
     ├── IdentityUnavailable       the host gives no managed identity, or no token for it
+    │   └── IdentityDisabled      the managed identity is switched off
     ├── NotFound                  unknown operation, study, series or instance
     ├── Conflict                  the resource is not in a state that allows the request
+    │   ├── DestinationDiffers    a resumed operation goes on where it began
+    │   ├── SecretErased          what signed the operation in is gone; the caller must give it again
+    │   └── InstancesSwept        instances that an operation still needs are gone for good
     ├── IdempotencyKeyReused      same Idempotency-Key, another specification
     ├── NotDicom / BrokenInstance a file that cannot be stored, and why
     ├── StorageFull               no space left where the service keeps its data
@@ -103,6 +107,12 @@ class IdentityUnavailable(DepotError):
     code = "IdentityUnavailable"
 
 
+class IdentityDisabled(IdentityUnavailable):
+    """An operator has not switched the managed identity on."""
+
+    code = "ManagedIdentityDisabled"
+
+
 class NotFound(DepotError):
     """What the request names does not exist."""
 
@@ -113,6 +123,24 @@ class Conflict(DepotError):
     """The resource is not in a state that allows the request."""
 
     code = "Conflict"
+
+
+class DestinationDiffers(Conflict):
+    """The destination given for a resume is not the operation's."""
+
+    code = "DestinationDiffers"
+
+
+class SecretErased(Conflict):
+    """The operation signed in with a secret that was erased when it ended."""
+
+    code = "SecretErased"
+
+
+class InstancesSwept(Conflict):
+    """Instances that the operation planned were deleted and swept after it ended."""
+
+    code = "InstancesSwept"
 
 
 class IdempotencyKeyReused(DepotError):
@@ -183,7 +211,30 @@ class SourceFault(Fault):
     side = "source"
 
 
+class Obstacle(StrEnum):
+    """What stood in the way of a write, as far as the destination's answer tells."""
+
+    REACH = "reach"
+    SIGN_IN = "signIn"
+    CONTAINER = "container"
+    WRITE = "write"
+
+
 class DestinationFault(Fault):
-    """The destination did not take an object."""
+    """The destination did not take an object. `remedy`, where there is one, is also part of the message."""
 
     side = "destination"
+
+    def __init__(
+        self,
+        code: str,
+        message: str,
+        kind: FaultKind,
+        *,
+        retry_after_seconds: float | None = None,
+        obstacle: Obstacle = Obstacle.WRITE,
+        remedy: str | None = None,
+    ) -> None:
+        super().__init__(code, message, kind, retry_after_seconds=retry_after_seconds)
+        self.obstacle = obstacle
+        self.remedy = remedy

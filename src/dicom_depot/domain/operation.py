@@ -3,6 +3,9 @@
 An operation is created NOT_STARTED, runs, and ends in exactly one terminal state. FAILING and CANCELING are the way
 there: no new chunk is begun, those in flight stop and commit what they did, the log is completed, and only then does
 the terminal state become visible. Callers see both as "running", because it still is.
+
+One that failed or was canceled can be resumed. It runs again as its next *generation*, going on with what it planned
+and did so far; whatever still belongs to an earlier generation has no effect any more.
 """
 
 from __future__ import annotations
@@ -12,6 +15,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 from typing import Literal, NewType
+
+from dicom_depot.domain.errors import NotFound
 
 OperationId = NewType("OperationId", str)
 """32 lower-case hexadecimal digits: the first segment of every key that the operation writes."""
@@ -30,7 +35,7 @@ class OperationStatus(StrEnum):
 
     @property
     def is_terminal(self) -> bool:
-        return not TRANSITIONS[self]
+        return self in TERMINAL_STATUSES
 
 
 _S = OperationStatus
@@ -40,11 +45,13 @@ TRANSITIONS: dict[OperationStatus, frozenset[OperationStatus]] = {
     _S.FAILING: frozenset({_S.FAILED}),
     _S.CANCELING: frozenset({_S.CANCELED}),
     _S.SUCCEEDED: frozenset(),
-    _S.FAILED: frozenset(),
-    _S.CANCELED: frozenset(),
+    _S.FAILED: frozenset({_S.RUNNING}),
+    _S.CANCELED: frozenset({_S.RUNNING}),
 }
 
-ACTIVE_STATUSES = frozenset(status for status, later in TRANSITIONS.items() if later)
+TERMINAL_STATUSES = frozenset({_S.SUCCEEDED, _S.FAILED, _S.CANCELED})
+RESUMABLE_STATUSES = frozenset(status for status in TERMINAL_STATUSES if TRANSITIONS[status])
+ACTIVE_STATUSES = frozenset(_S) - TERMINAL_STATUSES
 STOPPED_AS = {_S.RUNNING: _S.SUCCEEDED, _S.FAILING: _S.FAILED, _S.CANCELING: _S.CANCELED}
 """The terminal state in which each state ends once nothing is in flight."""
 
@@ -94,6 +101,10 @@ class Operation:
     destination: dict[str, object]
     """The destination's public part: what is needed to reach it, except secrets."""
     error: OperationError | None
+    created_by: str = ""
+    """The creator's `Caller.key`."""
+    generation: int = 1
+    """1 at first, and one more for each resume."""
 
     @property
     def percent_complete(self) -> int:
@@ -103,6 +114,11 @@ class Operation:
         if not self.is_planned or self.total == 0:
             return 0
         return min(99, 100 * (self.exported + self.skipped) // self.total)
+
+
+def unknown_operation(operation_id: OperationId) -> NotFound:
+    """The one answer for operations that do not exist and for those that a caller may not see."""
+    return NotFound(f"There is no operation {operation_id}; ended operations are removed after their retention time.")
 
 
 def new_operation_id() -> OperationId:

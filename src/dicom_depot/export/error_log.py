@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from dicom_depot.domain.errors import DestinationFault
 from dicom_depot.domain.export import ExportFailure, log_key
 from dicom_depot.domain.operation import OperationId
-from dicom_depot.ports import Destination, LogOutdated, OperationStore
+from dicom_depot.ports import Destination, LogOutdated, LogState, OperationStore
 
 _log = logging.getLogger(__name__)
 
@@ -35,6 +35,13 @@ def log_line(failure: ExportFailure) -> bytes:
         "error": failure.error,
     }
     return json.dumps(content, ensure_ascii=False).encode() + b"\n"
+
+
+def is_untouched(state: LogState) -> bool:
+    """Whether the log is still empty, as it was created when the operation started, and shall be. One that an earlier
+    generation wrote lines to may have to be emptied again.
+    """
+    return state.failures == 0 and state.lines_written == 0
 
 
 @dataclass(slots=True)
@@ -64,6 +71,7 @@ class ErrorLog:
     operation_id: OperationId
     destination: Destination
     _one_at_a_time: threading.Lock = field(default_factory=threading.Lock)
+    _is_given_up: threading.Event = field(default_factory=threading.Event)
 
     def refresh(self) -> None:
         """Rewrite the log if that is due. A fault only delays it."""
@@ -86,12 +94,26 @@ class ErrorLog:
         """Write the log as it stays. Raises DestinationFault."""
         with self._one_at_a_time:
             state = self.operations.log_state(self.operation_id)
-            if state.failures == 0 and state.lines_written == 0:
-                return  # created empty when the operation started
-            try:
-                self._write(state.etag)
-            except LogOutdated:
-                # A write whose ETag was lost with its process. This one is the last, so it replaces what is there.
+            if not is_untouched(state):
+                self._write_whatever_is_there(state.etag)
+
+    def rewrite(self) -> None:
+        """Write the log of an operation that does not run, also an empty one: the proof that its destination can be
+        written to. Raises DestinationFault.
+        """
+        with self._one_at_a_time:
+            self._write_whatever_is_there(self.operations.log_state(self.operation_id).etag)
+
+    def give_up(self) -> None:
+        """Whoever still writes for this generation must not replace what a later one writes."""
+        self._is_given_up.set()
+
+    def _write_whatever_is_there(self, etag: str | None) -> None:
+        try:
+            self._write(etag)
+        except LogOutdated:
+            # A write whose ETag was lost with its process, or a stranger's. Nobody else may write the log now.
+            if not self._is_given_up.is_set():
                 self._write(None)
 
     def _write(self, etag: str | None) -> None:

@@ -43,12 +43,12 @@ class Planner:
     chunk_bytes: int
     _selections: dict[OperationId, Selection | None] = field(default_factory=dict)
 
-    def plan_page(self, operation_id: OperationId) -> int | None:
+    def plan_page(self, operation_id: OperationId, generation: int) -> int | None:
         """Plan the next page of an operation; returns the number of its first chunk, None when nothing was planned
-        because planning is complete, somebody else is planning, or the operation no longer runs.
+        because planning is complete, somebody else is planning, or the operation no longer runs in this generation.
         """
         position = self.operations.plan_position(operation_id)
-        if position.is_planned:
+        if position.is_planned or position.generation != generation:
             self._selections.pop(operation_id, None)
             return None
         cutoff = self.operations.get(operation_id).cutoff
@@ -62,6 +62,7 @@ class Planner:
             position.next_number + len(chunks),
             page.following.text() if page.following else None,
             page.following is None,
+            generation,
         )
         saved = self.operations.save_plan(operation_id, position, chunks, failures, following)
         return position.next_number if saved else None

@@ -1,13 +1,17 @@
 """The durable steps of an operation: plan a page, run a chunk, finish. Each may run twice, or stop anywhere and run
 again, without changing how the operation ends. The engine decides when they run; this module what they do.
+
+A step belongs to a generation of its operation. One that comes late, after the operation was resumed, does nothing.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime
 from typing import NamedTuple, TypeVar
 
 from dicom_depot.domain.errors import (
@@ -21,9 +25,11 @@ from dicom_depot.domain.errors import (
 from dicom_depot.domain.export import DestinationSpec
 from dicom_depot.domain.operation import OperationError, OperationId, OperationStatus
 from dicom_depot.export.copier import CopyPool, ExportWatch, copy_chunk
-from dicom_depot.export.error_log import ErrorLog
+from dicom_depot.export.error_log import ErrorLog, is_untouched
 from dicom_depot.export.planner import Planner
+from dicom_depot.export.trail import NO_TRAIL, record_end
 from dicom_depot.ports import (
+    AuditTrail,
     BlobStore,
     Destination,
     DestinationFactory,
@@ -38,6 +44,7 @@ _T = TypeVar("_T")
 
 WATCH_SECONDS = 0.5
 _OWN_TROUBLE_PAUSE_SECONDS = 5.0
+_ENDS_REMEMBERED = 1000
 
 
 class StepResult(NamedTuple):
@@ -71,6 +78,7 @@ class ExportRunner:
         pool: CopyPool,
         retry_seconds: float,
         window: int,
+        audit: AuditTrail = NO_TRAIL,
     ) -> None:
         """window: chunks of one operation that may be queued or running at the same time."""
         self._index = index
@@ -82,49 +90,60 @@ class ExportRunner:
         self._pool = pool
         self._retry_seconds = retry_seconds
         self._window = window
-        self._open: dict[OperationId, _OpenExport] = {}
+        self._audit = audit
+        self._ends_recorded: deque[tuple[OperationId, datetime | None]] = deque(maxlen=_ENDS_REMEMBERED)
+        self._open: dict[tuple[OperationId, int], _OpenExport] = {}
         self._opening = threading.Lock()
         self._closed = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="export-watch", daemon=True)
         self._watcher.start()
 
-    def begin(self, operation_id: OperationId) -> StepResult:
-        """Set a new operation running, or find where one that was interrupted stands."""
+    def begin(self, operation_id: OperationId, generation: int) -> StepResult:
+        """Set a new operation running, or find where one that was interrupted or resumed stands."""
         self._operations.begin(operation_id)
+        if not self._is_current(operation_id, generation):
+            return StepResult([], is_settled=False)
         queue = self._operations.runnable(operation_id, self._window)
         return StepResult(queue, self._operations.is_settled(operation_id))
 
-    def plan(self, operation_id: OperationId) -> StepResult | None:
+    def plan(self, operation_id: OperationId, generation: int) -> StepResult | None:
         """Plan one page; None when there is nothing more to plan."""
 
         def page() -> StepResult | None:
-            first = self._planner.plan_page(operation_id)
+            first = self._planner.plan_page(operation_id, generation)
             if first is None:
                 return None
             queue = self._operations.runnable(operation_id, self._window, first)
             return StepResult(queue, self._operations.is_settled(operation_id))
 
-        return self._guarded(operation_id, page, None)
+        return self._guarded(operation_id, generation, page, None)
 
-    def run_chunk(self, operation_id: OperationId, number: int) -> StepResult:
+    def run_chunk(self, operation_id: OperationId, generation: int, number: int) -> StepResult:
         """Copy one chunk and account for it."""
         nothing: list[int] = []
-        queue = self._guarded(operation_id, lambda: self._run_chunk(operation_id, number), nothing)
-        return StepResult(queue, self.is_settled(operation_id))
+        queue = self._guarded(
+            operation_id, generation, lambda: self._run_chunk(operation_id, generation, number), nothing
+        )
+        return StepResult(queue, self.is_settled(operation_id, generation))
 
-    def is_settled(self, operation_id: OperationId) -> bool:
+    def is_settled(self, operation_id: OperationId, generation: int) -> bool:
         """Whether only `finish` is missing."""
-        return self._guarded(operation_id, lambda: self._operations.is_settled(operation_id), False)
 
-    def finish(self, operation_id: OperationId) -> None:
+        def look() -> bool:
+            return self._is_current(operation_id, generation) and self._operations.is_settled(operation_id)
+
+        return self._guarded(operation_id, generation, look, False)
+
+    def finish(self, operation_id: OperationId, generation: int) -> None:
         """Complete the log, then enter the terminal state and erase the secret."""
-        self._guarded(operation_id, lambda: self._finish(operation_id), None)
+        self._guarded(operation_id, generation, lambda: self._finish(operation_id, generation), None)
+        self._record_end(operation_id, generation)
 
     def stop(self, operation_id: OperationId) -> None:
         """Let the copies of an operation in this process stop now, instead of when the watch notices."""
-        opened = self._open.get(operation_id)
-        if opened is not None:
-            opened.watch.stop.set()
+        for (of, _), opened in list(self._open.items()):
+            if of == operation_id:
+                opened.watch.stop.set()
 
     def close(self) -> None:
         """Stop all copies without ending their operations: they go on in the next process."""
@@ -133,10 +152,13 @@ class ExportRunner:
             opened.watch.stop.set()
         self._pool.close()
 
-    def _run_chunk(self, operation_id: OperationId, number: int) -> list[int]:
-        chunk = self._operations.claim_chunk(operation_id, number)
+    def _is_current(self, operation_id: OperationId, generation: int) -> bool:
+        return self._operations.get(operation_id).generation == generation
+
+    def _run_chunk(self, operation_id: OperationId, generation: int, number: int) -> list[int]:
+        chunk = self._operations.claim_chunk(operation_id, generation, number)
         if chunk is not None:
-            opened = self._opened(operation_id)
+            opened = self._opened(operation_id, generation)
             objects = self._index.fetch(chunk.instance_ids)
             if len(objects) != len(chunk.instance_ids):
                 raise RuntimeError("index rows of planned instances are missing")
@@ -146,27 +168,27 @@ class ExportRunner:
             if self._closed.is_set() and not outcome.is_complete:
                 raise Interrupted
             if fault is not None:
-                self._fail(operation_id, OperationError(fault.code, fault.message))
+                self._fail(operation_id, generation, OperationError(fault.code, fault.message))
             self._operations.commit_chunk(chunk, outcome)
             if outcome.failures and outcome.is_complete:
                 opened.log.refresh()
+        if not self._is_current(operation_id, generation):
+            return []
         following = number + self._window
         return self._operations.runnable(operation_id, self._window, following, following)
 
-    def _finish(self, operation_id: OperationId) -> None:
-        if not self._operations.is_settled(operation_id):
+    def _finish(self, operation_id: OperationId, generation: int) -> None:
+        if not self._is_current(operation_id, generation) or not self._operations.is_settled(operation_id):
             return
-        if self._operations.get(operation_id).skipped:
+        if not is_untouched(self._operations.log_state(operation_id)):
             try:
-                self._complete_log(operation_id)
+                self._complete_log(operation_id, generation)
             except DepotError as error:
                 # Without its log an operation has not succeeded; one that failed or was canceled ends all the same.
-                self._fail(operation_id, OperationError(error.code, error.message))
+                self._fail(operation_id, generation, OperationError(error.code, error.message))
         operation = self._operations.finish(operation_id)
         with self._opening:
-            opened = self._open.pop(operation_id, None)
-        if opened is not None:
-            opened.destination.close()
+            self._let_go(operation_id, generation)
         _log.info(
             "operation %s ended: %s, %d exported, %d skipped of %d, %d bytes%s",
             operation_id,
@@ -178,8 +200,20 @@ class ExportRunner:
             f" ({operation.error.code})" if operation.error else "",
         )
 
-    def _complete_log(self, operation_id: OperationId) -> None:
-        opened = self._opened(operation_id)
+    def _record_end(self, operation_id: OperationId, generation: int) -> None:
+        """One audit line for an end. A process that dies between the end and its line runs this step again; one that
+        dies right after the line writes it a second time: at least once, and nearly always once.
+        """
+        operation = self._guarded(operation_id, generation, lambda: self._operations.get(operation_id), None)
+        if operation is None or not operation.status.is_terminal:
+            return
+        end = (operation_id, operation.ended_at)
+        if end not in self._ends_recorded:
+            self._ends_recorded.append(end)
+            record_end(self._audit, operation)
+
+    def _complete_log(self, operation_id: OperationId, generation: int) -> None:
+        opened = self._opened(operation_id, generation)
         tries = 0
         while True:
             try:
@@ -195,19 +229,30 @@ class ExportRunner:
             else:
                 return
 
-    def _fail(self, operation_id: OperationId, error: OperationError) -> None:
-        self._operations.stop(operation_id, OperationStatus.FAILING, error)
-        self.stop(operation_id)
+    def _fail(self, operation_id: OperationId, generation: int, error: OperationError) -> None:
+        operation = self._operations.stop(operation_id, OperationStatus.FAILING, error, generation)
+        if operation.generation == generation:
+            self.stop(operation_id)
 
-    def _opened(self, operation_id: OperationId) -> _OpenExport:
+    def _opened(self, operation_id: OperationId, generation: int) -> _OpenExport:
+        """What the steps of one generation share. The next one signs in anew and has its own order to stop."""
         with self._opening:
-            opened = self._open.get(operation_id)
+            opened = self._open.get((operation_id, generation))
             if opened is None:
+                self._let_go(operation_id, generation - 1)
                 destination = self._destinations.open(self._destination_spec(operation_id))
                 log = ErrorLog(self._operations, operation_id, destination)
                 opened = _OpenExport(destination, ExportWatch(self._retry_seconds), log)
-                self._open[operation_id] = opened
+                self._open[operation_id, generation] = opened
             return opened
+
+    def _let_go(self, operation_id: OperationId, generation: int) -> None:
+        """Stop and close what this generation and earlier ones opened. Called with `_opening` held."""
+        for key in [key for key in self._open if key[0] == operation_id and key[1] <= generation]:
+            opened = self._open.pop(key)
+            opened.watch.stop.set()
+            opened.log.give_up()
+            opened.destination.close()
 
     def _destination_spec(self, operation_id: OperationId) -> DestinationSpec:
         recorded = self._operations.get(operation_id).destination
@@ -217,7 +262,7 @@ class ExportRunner:
         assert isinstance(public, dict)
         return DestinationSpec(str(recorded["type"]), public, secret)
 
-    def _guarded(self, operation_id: OperationId, step: Callable[[], _T], otherwise: _T) -> _T:
+    def _guarded(self, operation_id: OperationId, generation: int, step: Callable[[], _T], otherwise: _T) -> _T:
         """Run a step. Trouble of ours that may pass (a busy or full database) is waited out; an error that no rule
         covers fails the operation, with the whole story in the service's log, instead of leaving it hanging.
         """
@@ -233,7 +278,7 @@ class ExportRunner:
             except Interrupted:
                 raise
             except DepotError as error:
-                self._fail(operation_id, OperationError(error.code, error.message))
+                self._fail(operation_id, generation, OperationError(error.code, error.message))
                 return otherwise
             except Exception:
                 if self._closed.is_set():
@@ -241,6 +286,7 @@ class ExportRunner:
                 _log.exception("operation %s fails because of an error of the service", operation_id)
                 self._fail(
                     operation_id,
+                    generation,
                     OperationError("InternalError", "An error of the service; its log has the details."),
                 )
                 return otherwise
@@ -254,7 +300,7 @@ class ExportRunner:
                 _log.exception("the watch over running operations could not look; it tries again")
 
     def _stop_copies(self) -> None:
-        open_ids = [id_ for id_, opened in list(self._open.items()) if not opened.watch.stop.is_set()]
+        open_ids = [id_ for (id_, _), opened in list(self._open.items()) if not opened.watch.stop.is_set()]
         if open_ids:
             statuses = self._operations.statuses(open_ids)
             for operation_id in open_ids:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from dataclasses import dataclass
 from datetime import datetime
 
+from dicom_depot.domain.access import ANONYMOUS, Action, Caller
 from dicom_depot.domain.errors import (
     Conflict,
     DestinationFault,
@@ -14,10 +16,18 @@ from dicom_depot.domain.errors import (
     InvalidRequest,
 )
 from dicom_depot.domain.export import ExportSpecification, log_key
-from dicom_depot.domain.operation import Operation, OperationId, OperationStatus, new_operation_id
+from dicom_depot.domain.operation import (
+    Operation,
+    OperationId,
+    OperationStatus,
+    new_operation_id,
+    unknown_operation,
+)
 from dicom_depot.export.planner import DryRun, Planner
 from dicom_depot.export.runner import ExportRunner
+from dicom_depot.export.trail import NO_TRAIL, record_start
 from dicom_depot.ports import (
+    AuditTrail,
     Destination,
     DestinationFactory,
     DurableEngine,
@@ -33,7 +43,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class ExportService:
-    """The export API without HTTP."""
+    """The export API without HTTP.
+
+    Who asks is ANONYMOUS unless said otherwise: who runs a command on the data folder may do everything.
+    """
 
     index: InstanceIndex
     operations: OperationStore
@@ -43,19 +56,26 @@ class ExportService:
     runner: ExportRunner
     engine: DurableEngine
     identifiers_max: int
+    audit: AuditTrail = NO_TRAIL
 
-    def start(self, specification: ExportSpecification, idempotency_key: str | None = None) -> Operation:
+    def start(
+        self, specification: ExportSpecification, idempotency_key: str | None = None, caller: Caller = ANONYMOUS
+    ) -> Operation:
         """Record and begin an export. When this returns, the operation will run to its end, whatever dies.
 
-        Raises InvalidRequest, DestinationRefused (both before anything remains anywhere), IdempotencyKeyReused.
+        Raises InvalidRequest, DestinationRefused, TooManyOperations (all before anything remains anywhere),
+        IdempotencyKeyReused.
         """
         self._check(specification)
         fingerprint = specification.fingerprint()
-        if idempotency_key is not None:
-            earlier = self.operations.find_by_key(idempotency_key, fingerprint)
+        key_of_caller = None if idempotency_key is None else _scoped(idempotency_key, caller)
+        if key_of_caller is not None:
+            earlier = self.operations.find_by_key(key_of_caller, fingerprint)
             if earlier is not None:
                 return earlier
+        self.operations.ensure_room(caller.key)
         operation_id = new_operation_id()
+        identifiers = specification.identifiers
         spec = specification.destination
         key = log_key(operation_id)
         destination = self.destinations.open(spec)
@@ -66,21 +86,26 @@ class ExportService:
                     NewOperation(
                         id=operation_id,
                         cutoff=self.index.sequence(),
-                        identifiers=None
-                        if specification.identifiers is None
-                        else [str(ref) for ref in specification.identifiers],
-                        destination={"type": spec.type, "public": dict(spec.public)},
+                        identifiers=None if identifiers is None else [str(ref) for ref in identifiers],
+                        destination={
+                            "type": spec.type,
+                            "public": dict(spec.public),
+                            "has_secret": spec.secret is not None,
+                        },
                         sealed_secret=None if spec.secret is None else self.secrets.seal(spec.secret, operation_id),
                         log_href=self.destinations.log_href(spec, key),
                         log_etag=etag,
                         fingerprint=fingerprint,
-                        idempotency_key=idempotency_key,
+                        idempotency_key=key_of_caller,
+                        created_by=caller.key,
                     )
                 )
             except BaseException:
                 destination.remove_log(key)
                 raise
-            if operation.id != operation_id:  # two requests with one key at once: the other one won
+            if operation.id == operation_id:
+                record_start(self.audit, operation, None if identifiers is None else len(identifiers))
+            else:  # two requests with one key at once: the other one won
                 destination.remove_log(key)
         finally:
             destination.close()
@@ -93,18 +118,27 @@ class ExportService:
         self._check(specification)
         return self.planner.dry_run(specification.identifiers)
 
-    def get(self, operation_id: OperationId) -> Operation:
-        """Raises NotFound."""
-        return self.operations.get(operation_id)
+    def get(self, operation_id: OperationId, caller: Caller = ANONYMOUS) -> Operation:
+        """Raises NotFound, also for an operation that the caller may not see."""
+        operation = self.operations.get(operation_id)
+        if not caller.may_see(operation.created_by):
+            raise unknown_operation(operation_id)
+        return operation
 
     def page(
-        self, limit: int, before: tuple[datetime, str] | None, status: frozenset[OperationStatus] | None
+        self,
+        limit: int,
+        before: tuple[datetime, str] | None,
+        status: frozenset[OperationStatus] | None,
+        caller: Caller = ANONYMOUS,
     ) -> list[Operation]:
-        """Operations, newest first."""
-        return self.operations.page(limit, before, status)
+        """The operations that the caller may see, newest first."""
+        created_by = None if Action.MANAGE in caller.actions else caller.key
+        return self.operations.page(limit, before, status, created_by)
 
-    def cancel(self, operation_id: OperationId) -> Operation:
-        """Order an operation to stop. Idempotent; raises Conflict when it ended otherwise, NotFound."""
+    def cancel(self, operation_id: OperationId, caller: Caller = ANONYMOUS) -> Operation:
+        """Order an operation to stop. Idempotent; raises Conflict when it ended otherwise, NotFound as `get`."""
+        self.get(operation_id, caller)
         operation = self.operations.stop(operation_id, OperationStatus.CANCELING, None)
         match operation.status:
             case OperationStatus.CANCELING:
@@ -129,6 +163,11 @@ class ExportService:
                 "Split the list, or name studies instead of their instances.",
                 target="source.settings.values",
             )
+
+
+def _scoped(idempotency_key: str, caller: Caller) -> str:
+    """The key as it is stored: callers do not meet in one another's keys, nor read them in the database."""
+    return hashlib.sha256(f"{caller.key}\0{idempotency_key}".encode()).hexdigest()
 
 
 def _prove_writable(destination: Destination, key: str) -> str | None:

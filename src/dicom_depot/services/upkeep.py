@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
 from dicom_depot.ports import BlobStore, InstanceIndex, OperationStore
@@ -13,15 +16,17 @@ _log = logging.getLogger(__name__)
 _BATCH = 500
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Upkeep:
-    """Every method may be interrupted anywhere and run again."""
+    """Every method may be interrupted anywhere and run again. One per data folder: its engine's process runs it."""
 
     index: InstanceIndex
     store: BlobStore
     operations: OperationStore
     retention: timedelta
     delete_delay: timedelta
+    _turn: threading.Lock = field(default_factory=threading.Lock)
+    _holders: int = 0
 
     def run(self) -> None:
         """Do everything that is due."""
@@ -36,11 +41,27 @@ class Upkeep:
         """Remove bytes, then rows, of instances deleted before the delay that no running export still needs."""
         swept = 0
         while True:
-            oldest = self.operations.oldest_active_cutoff()
-            rows = self.index.sweepable(datetime.now(UTC) - self.delete_delay, oldest, _BATCH)
+            with self._turn:
+                if self._holders:
+                    return swept  # the next run goes on
+                oldest = self.operations.oldest_active_cutoff()
+                rows = self.index.sweepable(datetime.now(UTC) - self.delete_delay, oldest, _BATCH)
+                for _, store_key in rows:
+                    self.store.delete(store_key)
+                self.index.forget([instance_id for instance_id, _ in rows])
             if not rows:
                 return swept
-            for _, store_key in rows:
-                self.store.delete(store_key)
-            self.index.forget([instance_id for instance_id, _ in rows])
             swept += len(rows)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Sweep nothing while the block runs. An export that is being resumed is not active yet, so that nothing else
+        protects what it found to be still there.
+        """
+        with self._turn:
+            self._holders += 1
+        try:
+            yield
+        finally:
+            with self._turn:
+                self._holders -= 1

@@ -13,7 +13,7 @@ from dicom_depot.domain.errors import FaultKind, SourceFault
 from dicom_depot.domain.export import PlannedInstance
 from dicom_depot.domain.identifiers import InstanceRef, Ref, parent_refs
 from dicom_depot.domain.instance import InstanceRecord, StoredObject
-from dicom_depot.ports import AddOutcome, Cursor, IndexEntry, KnownInstance, SelectionPage, StoreEntry
+from dicom_depot.ports import AddOutcome, Cursor, IndexEntry, KnownInstance, Remaining, SelectionPage, StoreEntry
 
 
 class MemoryBlobStore:
@@ -83,6 +83,7 @@ class MemoryIndex:
         self._live: dict[InstanceRef, _Row] = {}
         self._sequence = 0
         self._last_id = 0
+        self._forgotten_up_to = 0
         self._lock = threading.RLock()
 
     def find(self, refs: Sequence[InstanceRef]) -> dict[InstanceRef, KnownInstance]:
@@ -158,6 +159,11 @@ class MemoryIndex:
             for row in rows
         ]
 
+    def remaining(self, instance_ids: Sequence[int]) -> Remaining:
+        with self._lock:
+            rows = [self._rows[id_] for id_ in instance_ids if id_ in self._rows]
+        return Remaining(len(rows), [row.record.store_key for row in rows if row.deleted is not None])
+
     def scan(self, after: int, limit: int) -> list[IndexEntry]:
         with self._lock:
             rows = [row for row in self._rows.values() if row.instance_id > after][:limit]
@@ -191,6 +197,11 @@ class MemoryIndex:
                 row = self._rows.pop(id_, None)
                 if row is not None and row.deleted is None:
                     del self._live[row.record.ref]
+                elif row is not None:
+                    self._forgotten_up_to = max(self._forgotten_up_to, row.deleted or 0)
+
+    def forgotten_up_to(self) -> int:
+        return self._forgotten_up_to
 
     def _all(self, cutoff: int) -> list[_Row]:
         with self._lock:

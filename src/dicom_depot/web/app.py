@@ -8,26 +8,41 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dicom_depot import __version__
+from dicom_depot.config import Settings
+from dicom_depot.web.access import OPEN, rules
 from dicom_depot.web.context import WebContext
 from dicom_depot.web.errors import error_response, install_error_handlers
-from dicom_depot.web.routes import export, health, operations
+from dicom_depot.web.guards import GuardMiddleware
+from dicom_depot.web.models import ErrorBody
+from dicom_depot.web.proxies import ProxyMiddleware
+from dicom_depot.web.routes import destinations, export, health, identity, operations
+from dicom_depot.web.trail import TrailMiddleware
 
 _HEADERS = [
     (b"x-content-type-options", b"nosniff"),
     (b"x-frame-options", b"SAMEORIGIN"),
     (b"content-security-policy", b"frame-src 'self';"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+    (b"referrer-policy", b"no-referrer"),
     (b"cache-control", b"no-store"),
     (b"api-supported-versions", b"1, 2"),
 ]
 
+_HSTS = (b"strict-transport-security", b"max-age=31536000")
+
 Opener = Callable[[], AbstractAsyncContextManager[WebContext]]
 
 
-def create_app(open_context: Opener) -> FastAPI:
-    """Build the application. `open_context` is entered when the server starts and left when it stops."""
+def create_app(open_context: Opener, settings: Settings | None = None) -> FastAPI:
+    """Build the application. `open_context` is entered when the server starts and left when it stops.
+
+    Raises LookupError when a route does not say who may use it.
+    """
+    settings = settings or Settings()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -35,7 +50,8 @@ def create_app(open_context: Opener) -> FastAPI:
             app.state.context = opened
             yield
 
-    app = FastAPI(
+    app = _App(
+        settings,
         title="DICOM Depot",
         version=__version__,
         summary="A DICOM service whose data can be exported in bulk.",
@@ -47,20 +63,50 @@ def create_app(open_context: Opener) -> FastAPI:
     )
     for prefix in ("/v1", "/v2", ""):
         in_document = prefix == "/v2"
-        app.include_router(export.router, prefix=prefix, include_in_schema=in_document)
-        app.include_router(operations.router, prefix=prefix, include_in_schema=in_document)
+        app.include_router(export.router, prefix=prefix, include_in_schema=in_document, responses=_REFUSALS)
+        app.include_router(operations.router, prefix=prefix, include_in_schema=in_document, responses=_REFUSALS)
+        app.include_router(destinations.router, prefix=prefix, include_in_schema=in_document, responses=_REFUSALS)
+        app.include_router(identity.router, prefix=prefix, include_in_schema=in_document, responses=_REFUSALS)
         app.add_api_route(
             prefix + "/partitions/{partition}/export",
             _refuse_partition,
             methods=["POST"],
             include_in_schema=False,
+            dependencies=[OPEN],
         )
-    app.add_api_route("/v1/api.json", app.openapi, include_in_schema=False)
-    app.add_api_route("/v{version:int}/{path:path}", _refuse_version, methods=_METHODS, include_in_schema=False)
-    app.include_router(health.router)
+    app.add_api_route("/v1/api.json", app.openapi, include_in_schema=False, dependencies=[OPEN])
+    app.add_api_route(
+        "/v{version:int}/{path:path}", _refuse_version, methods=_METHODS, include_in_schema=False, dependencies=[OPEN]
+    )
+    app.include_router(health.router, dependencies=[OPEN])
     install_error_handlers(app)
-    app.add_middleware(_Headers)
+    app.add_middleware(GuardMiddleware, settings=settings)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=_METHODS,
+            allow_headers=["Authorization", "Content-Type", "Idempotency-Key", "X-Request-Id"],
+            expose_headers=["Location", "Retry-After", "WWW-Authenticate", "X-Request-Id"],
+        )
+    for _ in rules(app):
+        pass
     return app
+
+
+class _App(FastAPI):
+    """With middleware around everything, the answer to an unexpected error included."""
+
+    def __init__(self, settings: Settings, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._settings = settings
+
+    def build_middleware_stack(self) -> ASGIApp:
+        stack: ASGIApp = TrailMiddleware(_Headers(super().build_middleware_stack()))
+        return ProxyMiddleware(stack, self._settings.trusted_proxies)
+
+
+_REFUSALS: dict[int | str, dict[str, Any]] = {status: {"model": ErrorBody} for status in (401, 403)}
 
 
 _METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]
@@ -92,7 +138,8 @@ class _Headers:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], *_HEADERS]
+                hsts = [_HSTS] if scope["scheme"] == "https" else []
+                message["headers"] = [*message.get("headers", []), *_HEADERS, *hsts]
             await send(message)
 
         await self._app(scope, receive, send_with_headers if scope["type"] == "http" else send)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from starlette.requests import ClientDisconnect, Request
 
@@ -28,6 +28,14 @@ _DESTINATION_MEMBERS: Mapping[str, Mapping[str, type]] = {
     "file": {"folder": str},
 }
 _SOURCE_TYPES = ("identifiers",)
+_STATUSES: tuple[Literal["On"], Literal["Off"]] = ("On", "Off")
+
+
+async def read_optional_body(request: Request, bytes_max: int) -> bytes:
+    """As `read_body`; without a body its content type does not matter."""
+    if "transfer-encoding" not in request.headers and request.headers.get("content-length", "0").strip() == "0":
+        return b""
+    return await read_body(request, bytes_max)
 
 
 async def read_body(request: Request, bytes_max: int) -> bytes:
@@ -93,9 +101,20 @@ def parse_source(body: Any) -> tuple[Ref, ...] | None:
     return tuple(_identifier(value, f"{place}[{number}]") for number, value in enumerate(values))
 
 
-def parse_destination(body: Any, destinations: DestinationFactory) -> DestinationSpec:
-    """The destination, checked against the service's settings but not yet reached."""
-    top = _members(body, "", ("source", "destination"))
+def parse_resume(body: bytes, destinations: DestinationFactory) -> DestinationSpec | None:
+    """The destination of a request to resume; None when it has none. A `source` is not known here: what is exported
+    was decided when the operation was created.
+    """
+    content = parse_json(body) if body else {}
+    members = ("destination",)
+    return parse_destination(content, destinations, members) if _members(content, "", members) else None
+
+
+def parse_destination(
+    body: Any, destinations: DestinationFactory, members: Sequence[str] = ("source", "destination")
+) -> DestinationSpec:
+    """The destination, checked against the service's settings but not yet reached. `members` are the body's."""
+    top = _members(body, "", members)
     destination = _members(_required(top, "", "destination"), "destination", ("type", "settings"))
     type_ = _type(destination, "destination", tuple(_DESTINATION_MEMBERS))
     kinds = _DESTINATION_MEMBERS[type_]
@@ -106,6 +125,16 @@ def parse_destination(body: Any, destinations: DestinationFactory) -> Destinatio
             wanted = "true or false" if kinds[name] is bool else "a string"
             raise InvalidRequest(f"{place}.{name} must be {wanted}, not {_kind(value)}.", target=f"{place}.{name}")
     return destinations.parse(type_, {name: value for name, value in settings.items() if value is not None})
+
+
+def parse_status(body: Any) -> Literal["On", "Off"]:
+    """The wanted position of a switch: `{"status": "On"}`."""
+    members = _members(body, "", ("status",))
+    wanted = _required(members, "", "status")
+    for status in _STATUSES:
+        if isinstance(wanted, str) and wanted.lower() == status.lower():
+            return status
+    raise InvalidRequest("'status' must be 'On' or 'Off'.", target="status")
 
 
 def _identifier(value: Any, place: str) -> Ref:

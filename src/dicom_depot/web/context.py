@@ -9,8 +9,9 @@ from fastapi import Request
 
 from dicom_depot.config import Settings
 from dicom_depot.domain.operation import WireVersion
+from dicom_depot.export.resume import ResumeService
 from dicom_depot.export.service import ExportService
-from dicom_depot.ports import BlobStore, InstanceIndex
+from dicom_depot.ports import AuditTrail, BlobStore, InstanceIndex, ManagedIdentity, TokenVerifier
 
 _HOST = re.compile(r"(?P<name>[A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(?::(?P<port>\d{1,5}))?")
 _DEFAULT_PORTS = {"http": 80, "https": 443}
@@ -22,8 +23,13 @@ class WebContext:
 
     settings: Settings
     exports: ExportService
+    resumes: ResumeService
     index: InstanceIndex
     store: BlobStore
+    verifier: TokenVerifier | None
+    """None where no sign-in is configured."""
+    audit: AuditTrail
+    identity: ManagedIdentity
 
 
 def context(request: Request) -> WebContext:

@@ -40,7 +40,13 @@ def error_response(
     status: int, code: str, message: str, target: str | None, headers: Mapping[str, str] | None = None
 ) -> JSONResponse:
     """`{"code", "message", "target"}`: what is wrong, where, and what to do."""
-    return JSONResponse({"code": code, "message": message, "target": target}, status, dict(headers or {}))
+    body = {"code": code, "message": _encodable(message), "target": None if target is None else _encodable(target)}
+    return JSONResponse(body, status, dict(headers or {}))
+
+
+def _encodable(text: str) -> str:
+    """A JSON text may hold half of a surrogate pair, and messages name places in it; an answer must be UTF-8."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def status_of(error: errors.DepotError) -> int:
@@ -59,8 +65,20 @@ async def _depot_error(request: Request, error: Exception) -> JSONResponse:
     status = status_of(error)
     if status == 500:
         return await _unexpected(request, error)
-    headers = {"Retry-After": str(RETRY_AFTER_SECONDS)} if status in (429, 503) else None
-    return error_response(status, error.code, error.message, error.target, headers)
+    return error_response(status, error.code, error.message, error.target, _headers(request, status))
+
+
+def _headers(request: Request, status: int) -> dict[str, str]:
+    match status:
+        case 401:  # RFC 6750 section 3.1: no error code where no token was sent
+            reason = ', error="invalid_token"' if "authorization" in request.headers else ""
+            return {"WWW-Authenticate": f'Bearer realm="dicom-depot"{reason}'}
+        case 408:
+            return {"Connection": "close"}
+        case 429 | 503:
+            return {"Retry-After": str(RETRY_AFTER_SECONDS)}
+        case _:
+            return {}
 
 
 async def _http_error(request: Request, error: Exception) -> JSONResponse:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.alias_generators import to_camel
 
+from dicom_depot.domain.identity import IdentityDescription
 from dicom_depot.domain.operation import Operation, OperationId, OperationStatus, WireVersion, wire_status
+from dicom_depot.export.destination_check import DestinationCheck, Step, StepOutcome
 from dicom_depot.export.planner import DryRun
 
 
@@ -95,6 +97,50 @@ class Health(_Wire):
     details: list[HealthDetail]
 
 
+class IdentityState(_Wire):
+    """The service's managed identity. All but `status` is absent while it is off."""
+
+    status: Literal["On", "Off"]
+    principal_id: str | None = Field(default=None, description="The object id that roles are granted to.")
+    tenant_id: str | None = None
+    client_id: str | None = None
+    host: str | None = Field(default=None, description="What gives the service its identity.")
+    token_expires_on: str | None = None
+    error: ErrorBody | None = Field(default=None, description="Why no token can be had at present.")
+
+
+class DestinationCheckStep(_Wire):
+    """One step of a check."""
+
+    step: Step
+    outcome: StepOutcome
+    message: str
+
+
+class DestinationCheckResult(_Wire):
+    """Whether an export to a destination would work."""
+
+    ok: bool
+    steps: list[DestinationCheckStep] = Field(description="`delete` is reported and never required.")
+    remedy: str | None = Field(description="What to do where it would not work; null where nothing is to be said.")
+
+
+def identity_state(identity: IdentityDescription) -> IdentityState:
+    return IdentityState(
+        status="On",
+        principal_id=identity.principal_id or None,
+        tenant_id=identity.tenant_id or None,
+        client_id=identity.client_id or None,
+        host=identity.host,
+        token_expires_on=identity.expires_at.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+    )
+
+
+def destination_check_result(check: DestinationCheck) -> DestinationCheckResult:
+    steps = [DestinationCheckStep(step=each.step, outcome=each.outcome, message=each.message) for each in check.steps]
+    return DestinationCheckResult(ok=check.is_ok, steps=steps, remedy=check.remedy)
+
+
 def operation_state(operation: Operation, version: WireVersion) -> OperationState:
     is_failed = operation.status is OperationStatus.FAILED
     return OperationState(
@@ -133,6 +179,47 @@ def _time(moment: datetime) -> str:
 
 _IDENTIFIERS_EXAMPLE = ["1.2.3", "12.3/4.5.678", "123.456/7.8/9.1011.12"]
 
+_DESTINATION_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["type", "settings"],
+    "properties": {
+        "type": {"type": "string", "enum": ["azureBlob", "file"]},
+        "settings": {
+            "type": "object",
+            "additionalProperties": False,
+            "properties": {
+                "blobContainerUri": {"type": "string", "format": "uri"},
+                "connectionString": {"type": "string"},
+                "blobContainerName": {"type": "string"},
+                "useManagedIdentity": {"type": "boolean"},
+                "folder": {"type": "string", "description": "For type `file`: relative to the root."},
+            },
+        },
+    },
+}
+
+CHECK_REQUEST_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["destination"],
+    "properties": {"destination": _DESTINATION_SCHEMA},
+}
+
+IDENTITY_REQUEST_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["status"],
+    "properties": {"status": {"type": "string", "enum": ["On", "Off"]}},
+}
+
+RESUME_REQUEST_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "additionalProperties": False,
+    "description": "The operation's own destination with a fresh secret. Not needed where no secret was erased.",
+    "properties": {"destination": _DESTINATION_SCHEMA},
+}
+
 EXPORT_REQUEST_SCHEMA: dict[str, Any] = {
     "type": "object",
     "additionalProperties": False,
@@ -160,25 +247,7 @@ EXPORT_REQUEST_SCHEMA: dict[str, Any] = {
                 },
             },
         },
-        "destination": {
-            "type": "object",
-            "additionalProperties": False,
-            "required": ["type", "settings"],
-            "properties": {
-                "type": {"type": "string", "enum": ["azureBlob", "file"]},
-                "settings": {
-                    "type": "object",
-                    "additionalProperties": False,
-                    "properties": {
-                        "blobContainerUri": {"type": "string", "format": "uri"},
-                        "connectionString": {"type": "string"},
-                        "blobContainerName": {"type": "string"},
-                        "useManagedIdentity": {"type": "boolean"},
-                        "folder": {"type": "string", "description": "For type `file`: relative to the root."},
-                    },
-                },
-            },
-        },
+        "destination": _DESTINATION_SCHEMA,
     },
     "example": {
         "source": {"type": "identifiers", "settings": {"values": _IDENTIFIERS_EXAMPLE}},

@@ -3,9 +3,12 @@
 Three workflows, whose inputs are ids only and whose own ids say what they are, so that starting one twice starts it
 once:
 
-    <operation>-plan        begin, then plan page by page; queues the first chunks
-    <operation>-chunk-<n>   runs one chunk; queues the chunk that its end makes room for
-    <operation>-finish      started by whichever step found that nothing else is left
+    <operation>-<generation>-plan        begin, then plan page by page; queues the first chunks
+    <operation>-<generation>-chunk-<n>   runs one chunk; queues the chunk that its end makes room for
+    <operation>-<generation>-finish      started by whichever step found that nothing else is left
+
+An operation that is resumed becomes its next generation, so that its workflows are really run again. The steps ask
+whether their generation is still the operation's: what an earlier one left in the queue does nothing.
 
 No workflow waits for another one. At most `window` chunks of an operation are queued: chunk n is queued when chunk
 n - window is done, by that chunk's end or, if it was not planned by then, by the planner. Both sides look after they
@@ -33,7 +36,7 @@ from dicom_depot.ports import OperationStore
 
 _log = logging.getLogger(__name__)
 
-CONTRACT_VERSION = "1"
+CONTRACT_VERSION = "2"
 """Version of the workflows' order and inputs. Raise it only when running workflows of the old one could not go on."""
 
 CHUNKS_OF_ONE_OPERATION = 2
@@ -87,12 +90,12 @@ class DbosEngine:
         threading.Thread(target=self._maintain, name="engine-maintenance", daemon=True).start()
 
     def start(self, operation_id: OperationId) -> None:
-        with SetWorkflowID(f"{operation_id}-plan"):
-            DBOS.start_workflow(self._plan_workflow, operation_id)
+        self._start_plan(operation_id, self._generation(operation_id))
 
     def settle(self, operation_id: OperationId) -> None:
-        if self._runner.is_settled(operation_id):
-            self._start_finish(operation_id)
+        generation = self._generation(operation_id)
+        if self._runner.is_settled(operation_id, generation):
+            self._start_finish(operation_id, generation)
 
     def close(self) -> None:
         """Stop; what runs goes on in the next process."""
@@ -100,55 +103,67 @@ class DbosEngine:
         self._runner.close()
         DBOS.destroy(destroy_registry=True)
 
-    def _plan(self, operation_id: str) -> None:
+    def _plan(self, operation_id: str, generation: int) -> None:
         id_ = OperationId(operation_id)
-        self._follow(id_, DBOS.run_step({"name": "begin"}, self._runner.begin, id_))
+        self._follow(id_, generation, DBOS.run_step({"name": "begin"}, self._runner.begin, id_, generation))
         while True:
-            result = DBOS.run_step({"name": "plan"}, self._runner.plan, id_)
+            result = DBOS.run_step({"name": "plan"}, self._runner.plan, id_, generation)
             if result is None:
                 break
-            self._follow(id_, result)
-        if DBOS.run_step({"name": "settled"}, self._runner.is_settled, id_):
-            self._start_finish(id_)
+            self._follow(id_, generation, result)
+        if DBOS.run_step({"name": "settled"}, self._runner.is_settled, id_, generation):
+            self._start_finish(id_, generation)
 
-    def _chunk(self, operation_id: str, number: int) -> None:
+    def _chunk(self, operation_id: str, generation: int, number: int) -> None:
         id_ = OperationId(operation_id)
-        self._follow(id_, DBOS.run_step({"name": "run_chunk"}, self._runner.run_chunk, id_, number))
+        result = DBOS.run_step({"name": "run_chunk"}, self._runner.run_chunk, id_, generation, number)
+        self._follow(id_, generation, result)
 
-    def _finish(self, operation_id: str) -> None:
-        DBOS.run_step({"name": "finish"}, self._runner.finish, OperationId(operation_id))
+    def _finish(self, operation_id: str, generation: int) -> None:
+        DBOS.run_step({"name": "finish"}, self._runner.finish, OperationId(operation_id), generation)
 
-    def _follow(self, operation_id: OperationId, result: StepResult) -> None:
+    def _follow(self, operation_id: OperationId, generation: int, result: StepResult) -> None:
         queue, is_settled = result
         for number in queue:
-            self._queue_chunk(operation_id, number)
+            self._queue_chunk(operation_id, generation, number)
         if is_settled:
-            self._start_finish(operation_id)
+            self._start_finish(operation_id, generation)
 
-    def _queue_chunk(self, operation_id: OperationId, number: int) -> None:
+    def _generation(self, operation_id: OperationId) -> int:
+        return self._operations.get(operation_id).generation
+
+    def _start_plan(self, operation_id: OperationId, generation: int) -> None:
+        with SetWorkflowID(f"{operation_id}-{generation}-plan"):
+            DBOS.start_workflow(self._plan_workflow, operation_id, generation)
+
+    def _queue_chunk(self, operation_id: OperationId, generation: int, number: int) -> None:
         with (
-            SetWorkflowID(f"{operation_id}-chunk-{number}"),
+            SetWorkflowID(f"{operation_id}-{generation}-chunk-{number}"),
             SetEnqueueOptions(queue_partition_key=operation_id),
         ):
-            DBOS.enqueue_workflow(_QUEUE, self._chunk_workflow, operation_id, number)
+            DBOS.enqueue_workflow(_QUEUE, self._chunk_workflow, operation_id, generation, number)
 
-    def _start_finish(self, operation_id: OperationId) -> None:
-        with SetWorkflowID(f"{operation_id}-finish"):
-            DBOS.start_workflow(self._finish_workflow, operation_id)
+    def _start_finish(self, operation_id: OperationId, generation: int) -> None:
+        with SetWorkflowID(f"{operation_id}-{generation}-finish"):
+            DBOS.start_workflow(self._finish_workflow, operation_id, generation)
 
     def _take_over(self) -> None:
         """Resume what dead processes ran, and start what an operation's record promises but no workflow stands for
-        (the two databases do not commit together).
+        (the two databases do not commit together). Workflows of another contract are dropped: the records say all that
+        is needed to go on.
         """
-        for status in DBOS.list_workflows(status="PENDING", load_input=False, load_output=False):
-            if status.executor_id != self._executor_id:
+        for status in DBOS.list_workflows(status=["PENDING", "ENQUEUED"], load_input=False, load_output=False):
+            if status.app_version != CONTRACT_VERSION:
+                DBOS.delete_workflow(status.workflow_id)
+            elif status.status == "PENDING" and status.executor_id != self._executor_id:
                 queue = _QUEUE if status.queue_name == _QUEUE else None
                 DBOS.resume_workflow(status.workflow_id, queue_name=queue)
         for operation_id in self._operations.active():
             for status in DBOS.list_workflows(workflow_id_prefix=f"{operation_id}-", status="ERROR"):
                 DBOS.delete_workflow(status.workflow_id)
-            self.start(operation_id)
-            self._follow(operation_id, self._runner.begin(operation_id))
+            generation = self._generation(operation_id)
+            self._start_plan(operation_id, generation)
+            self._follow(operation_id, generation, self._runner.begin(operation_id, generation))
 
     def _maintain(self) -> None:
         """Remove the workflow rows of ended operations, now and then."""
@@ -162,12 +177,16 @@ class DbosEngine:
                 return
 
     def purge_ended(self, older_than: timedelta = timedelta(minutes=10)) -> None:
-        """Remove the workflow rows of operations that ended before a while."""
+        """Remove the workflow rows of operations that ended before a while; of one that was resumed since, those of the
+        generation that ended.
+        """
         before = (datetime.now(UTC) - older_than).isoformat()
         ended = DBOS.list_workflows(name="finish", status="SUCCESS", completed_before=before, load_input=False)
         for status in ended:
             prefix = status.workflow_id.removesuffix("finish")
-            rows = DBOS.list_workflows(workflow_id_prefix=prefix, load_input=False, load_output=False)
+            rows = DBOS.list_workflows(
+                workflow_id_prefix=prefix, app_version=status.app_version, load_input=False, load_output=False
+            )
             DBOS.delete_workflows([row.workflow_id for row in rows])
 
 

@@ -9,9 +9,12 @@ from fastapi import APIRouter, Header, Query, Request
 from fastapi.responses import JSONResponse
 from starlette.concurrency import run_in_threadpool
 
+from dicom_depot.domain.access import Action, Caller
 from dicom_depot.domain.errors import InvalidRequest
 from dicom_depot.domain.export import ExportSpecification
+from dicom_depot.export.trail import where_to
 from dicom_depot.web import bodies
+from dicom_depot.web.access import requires
 from dicom_depot.web.context import WebContext, base_url, context, version_of
 from dicom_depot.web.models import (
     EXPORT_REQUEST_SCHEMA,
@@ -21,11 +24,15 @@ from dicom_depot.web.models import (
     dry_run_result,
     operation_reference,
 )
+from dicom_depot.web.trail import trail_of
+from dicom_depot.web.waiting import run_waiting
 
 router = APIRouter(tags=["export"])
 
 _KEY = re.compile(r"[\x21-\x7e]{1,255}")
-_ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": ErrorBody} for status in (400, 413, 415, 422, 503)}
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorBody} for status in (400, 408, 413, 415, 422, 429, 503)
+}
 
 
 @router.post(
@@ -39,6 +46,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": ErrorBody} for sta
 )
 async def start_export(
     request: Request,
+    caller: Annotated[Caller, requires(Action.EXPORT)],
     dry_run: Annotated[bool, Query(alias="dryRun", description="Only count; start and write nothing.")] = False,
     idempotency_key: Annotated[
         str | None, Header(description="The same key with the same body names the same operation.")
@@ -53,10 +61,15 @@ async def start_export(
         )
     body = await bodies.read_body(request, opened.settings.max_body_bytes)
     specification = await run_in_threadpool(_specification, opened, body)
+    trail = trail_of(request.scope).details
+    trail |= where_to(specification.destination.type, specification.destination.public)
+    trail["identifier_count"] = None if specification.identifiers is None else len(specification.identifiers)
     if dry_run:
+        trail["dry_run"] = True
         counted = await run_in_threadpool(opened.exports.dry_run, specification)
         return JSONResponse(dry_run_result(counted).to_json())
-    operation = await run_in_threadpool(opened.exports.start, specification, idempotency_key)
+    operation = await run_waiting(opened.exports.start, specification, idempotency_key, caller)
+    trail["operation_id"] = operation.id
     href = f"{base_url(request)}/v{version_of(request)}/operations/{operation.id}"
     return JSONResponse(operation_reference(operation.id, href).to_json(), 202, {"Location": href})
 

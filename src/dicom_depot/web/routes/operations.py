@@ -1,4 +1,4 @@
-"""Operations: look up, list, cancel."""
+"""Operations: look up, list, cancel, resume."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse
+from starlette.concurrency import run_in_threadpool
 
+from dicom_depot.domain.access import Action, Caller
 from dicom_depot.domain.errors import InvalidRequest, NotFound
 from dicom_depot.domain.operation import (
     Operation,
@@ -19,8 +21,18 @@ from dicom_depot.domain.operation import (
     parse_operation_id,
     wire_status,
 )
+from dicom_depot.web import bodies
+from dicom_depot.web.access import requires
 from dicom_depot.web.context import base_url, context, version_of
-from dicom_depot.web.models import ErrorBody, OperationPage, OperationState, operation_state
+from dicom_depot.web.models import (
+    RESUME_REQUEST_SCHEMA,
+    ErrorBody,
+    OperationPage,
+    OperationState,
+    operation_state,
+)
+from dicom_depot.web.trail import trail_of
+from dicom_depot.web.waiting import run_waiting
 
 router = APIRouter(tags=["operations"])
 
@@ -33,9 +45,11 @@ _YOUNG_SECONDS = 60
     response_model_exclude_none=True,
     responses={202: {"model": OperationState, "description": "Not ended yet."}, 404: {"model": ErrorBody}},
 )
-def get_operation(request: Request, operation_id: str) -> JSONResponse:
+def get_operation(
+    request: Request, operation_id: str, caller: Annotated[Caller, requires(Action.READ)]
+) -> JSONResponse:
     """The state of an operation: 202 until it has ended, then 200."""
-    operation = context(request).exports.get(_id(operation_id))
+    operation = context(request).exports.get(_id(request, operation_id), caller)
     return _answer(request, operation, 200 if operation.status.is_terminal else 202)
 
 
@@ -50,15 +64,45 @@ def get_operation(request: Request, operation_id: str) -> JSONResponse:
         409: {"model": ErrorBody},
     },
 )
-def cancel_operation(request: Request, operation_id: str) -> JSONResponse:
+def cancel_operation(
+    request: Request, operation_id: str, caller: Annotated[Caller, requires(Action.EXPORT)]
+) -> JSONResponse:
     """Stop an operation. What it copied stays; its counts say how much that is."""
-    operation = context(request).exports.cancel(_id(operation_id))
+    operation = context(request).exports.cancel(_id(request, operation_id), caller)
     return _answer(request, operation, 200 if operation.status is OperationStatus.CANCELED else 202)
 
 
-@router.get("/operations", response_model=OperationPage, response_model_exclude_none=True)
+@router.post(
+    "/operations/{operation_id}/resume",
+    status_code=202,
+    response_model=OperationState,
+    response_model_exclude_none=True,
+    responses={status: {"model": ErrorBody} for status in (400, 404, 408, 409, 413, 415, 429, 503)},
+    openapi_extra={
+        "requestBody": {"required": False, "content": {"application/json": {"schema": RESUME_REQUEST_SCHEMA}}}
+    },
+)
+async def resume_operation(
+    request: Request, operation_id: str, caller: Annotated[Caller, requires(Action.EXPORT)]
+) -> JSONResponse:
+    """Let a failed or canceled operation go on where it stopped: same id, folder, counts and log."""
+    opened = context(request)
+    id_ = _id(request, operation_id)
+    body = await bodies.read_optional_body(request, opened.settings.max_body_bytes)
+    given = await run_in_threadpool(bodies.parse_resume, body, opened.exports.destinations)
+    operation = await run_waiting(opened.resumes.resume, id_, given, caller)
+    return _answer(request, operation, 202)
+
+
+@router.get(
+    "/operations",
+    response_model=OperationPage,
+    response_model_exclude_none=True,
+    responses={400: {"model": ErrorBody}},
+)
 def list_operations(
     request: Request,
+    caller: Annotated[Caller, requires(Action.READ)],
     limit: Annotated[int, Query(ge=1, le=200)] = 50,
     continuation_token: Annotated[str | None, Query(alias="continuationToken")] = None,
     status: Annotated[str | None, Query(description="Status words, comma separated.")] = None,
@@ -67,7 +111,7 @@ def list_operations(
     version = version_of(request)
     before = None if continuation_token is None else _parse_token(continuation_token)
     statuses = None if status is None else _parse_statuses(status, version)
-    found = context(request).exports.page(limit + 1, before, statuses)
+    found = context(request).exports.page(limit + 1, before, statuses, caller)
     page = found[:limit]
     return JSONResponse(
         OperationPage(
@@ -89,10 +133,11 @@ def _answer(request: Request, operation: Operation, status: int) -> JSONResponse
     return JSONResponse(operation_state(operation, version).to_json(), status, headers)
 
 
-def _id(text: str) -> OperationId:
+def _id(request: Request, text: str) -> OperationId:
     operation_id = parse_operation_id(text)
     if operation_id is None:
         raise NotFound("There is no such operation: its id must be a GUID.", target="operationId")
+    trail_of(request.scope).details["operation_id"] = operation_id
     return operation_id
 
 

@@ -1,0 +1,57 @@
+"""What is refused before the service listens: an address that lets strangers in, TLS files that do not work."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+import ssl
+
+from dicom_depot.config import PREFIX, Settings
+from dicom_depot.domain.errors import ConfigurationError
+
+
+def check_exposure(settings: Settings) -> None:
+    """Without sign-in only this machine may ask. Raises ConfigurationError with the ways out."""
+    if settings.auth_issuers or settings.allow_anonymous or is_loopback(settings.host):
+        return
+    raise ConfigurationError(
+        f"Without sign-in the service listens on loopback addresses only, and {settings.host} is not one: everybody "
+        f"who reaches it could do everything. Set {PREFIX}AUTH_ISSUERS and {PREFIX}AUTH_AUDIENCES to switch sign-in "
+        "on, listen on 127.0.0.1, or say --allow-anonymous if nobody else can reach that address."
+    )
+
+
+def check_tls(settings: Settings) -> None:
+    """Raises ConfigurationError when certificate and key cannot be used together."""
+    if settings.tls_cert is None or settings.tls_key is None:
+        return
+    for name, path in (("TLS_CERT", settings.tls_cert), ("TLS_KEY", settings.tls_key)):
+        try:
+            path.read_bytes()
+        except OSError as error:
+            raise ConfigurationError(f"{PREFIX}{name}: the file {path} cannot be read: {error.strerror}.") from None
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(settings.tls_cert, settings.tls_key, _no_password)
+    except (ssl.SSLError, ValueError) as error:
+        reason = getattr(error, "reason", None) or "not a PEM file that can be used"
+        raise ConfigurationError(
+            f"{PREFIX}TLS_CERT ({settings.tls_cert}) and {PREFIX}TLS_KEY ({settings.tls_key}) cannot be used: "
+            f"{reason}. The first must hold the PEM certificate chain, the second its private key without a password."
+        ) from None
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host, given as address or name, leads to this machine and nowhere else."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        pass
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        return False
+    return all(ipaddress.ip_address(str(address[4][0]).partition("%")[0]).is_loopback for address in found)
+
+
+def _no_password() -> str:
+    raise ValueError("the private key is protected by a password")

@@ -1,0 +1,24 @@
+"""Threads of their own for requests that wait for others: destinations, the cloud's identity service.
+
+The threads that all other requests share are few. If slow destinations could take them all, status, health and sign-in
+would stand still with them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+from anyio import CapacityLimiter, to_thread
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+WAITING_MAX = 16
+_limiter = CapacityLimiter(WAITING_MAX)
+
+
+async def run_waiting(function: Callable[_P, _T], *arguments: _P.args, **named: _P.kwargs) -> _T:
+    """Run in a thread what may wait long for somebody else. Further calls wait for their turn."""
+    return await to_thread.run_sync(functools.partial(function, *arguments, **named), limiter=_limiter)
