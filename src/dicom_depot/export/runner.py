@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
@@ -37,6 +39,8 @@ _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 WATCH_SECONDS = 0.5
+LAST_LOG_SECONDS = 2.0
+"""How long the last write of its log may hold up an operation that failed or was canceled."""
 _OWN_TROUBLE_PAUSE_SECONDS = 5.0
 
 
@@ -90,9 +94,14 @@ class ExportRunner:
 
     def begin(self, operation_id: OperationId) -> StepResult:
         """Set a new operation running, or find where one that was interrupted stands."""
-        self._operations.begin(operation_id)
-        queue = self._operations.runnable(operation_id, self._window)
-        return StepResult(queue, self._operations.is_settled(operation_id))
+
+        def begun() -> list[int]:
+            self._operations.begin(operation_id)
+            return self._operations.runnable(operation_id, self._window)
+
+        nothing: list[int] = []
+        queue = self._guarded(operation_id, begun, failed=nothing, gone=nothing)
+        return StepResult(queue, self.is_settled(operation_id))
 
     def plan(self, operation_id: OperationId) -> StepResult | None:
         """Plan one page; None when there is nothing more to plan."""
@@ -104,21 +113,24 @@ class ExportRunner:
             queue = self._operations.runnable(operation_id, self._window, first)
             return StepResult(queue, self._operations.is_settled(operation_id))
 
-        return self._guarded(operation_id, page, None)
+        return self._guarded(operation_id, page, failed=None, gone=None)
 
     def run_chunk(self, operation_id: OperationId, number: int) -> StepResult:
         """Copy one chunk and account for it."""
         nothing: list[int] = []
-        queue = self._guarded(operation_id, lambda: self._run_chunk(operation_id, number), nothing)
-        return StepResult(queue, self.is_settled(operation_id))
+        queue = self._guarded(operation_id, lambda: self._run_chunk(operation_id, number), failed=None, gone=nothing)
+        if queue is None:
+            # The chunk is still ours. Claiming it for an operation that fails gives it up, so that this one can end.
+            self._insist(operation_id, lambda: self._operations.claim_chunk(operation_id, number) is None)
+        return StepResult(queue or nothing, self.is_settled(operation_id))
 
     def is_settled(self, operation_id: OperationId) -> bool:
         """Whether only `finish` is missing."""
-        return self._guarded(operation_id, lambda: self._operations.is_settled(operation_id), False)
+        return self._insist(operation_id, lambda: self._operations.is_settled(operation_id))
 
     def finish(self, operation_id: OperationId) -> None:
         """Complete the log, then enter the terminal state and erase the secret."""
-        self._guarded(operation_id, lambda: self._finish(operation_id), None)
+        self._insist(operation_id, lambda: self._finish(operation_id))
 
     def stop(self, operation_id: OperationId) -> None:
         """Let the copies of an operation in this process stop now, instead of when the watch notices."""
@@ -153,15 +165,18 @@ class ExportRunner:
         following = number + self._window
         return self._operations.runnable(operation_id, self._window, following, following)
 
-    def _finish(self, operation_id: OperationId) -> None:
+    def _finish(self, operation_id: OperationId) -> bool:
+        """True when the operation has ended, false when it must not yet."""
         if not self._operations.is_settled(operation_id):
-            return
+            return False
         if self._operations.get(operation_id).skipped:
             try:
                 self._complete_log(operation_id)
-            except DepotError as error:
+            except (NotFound, ServiceUnavailable, StorageFull):
+                raise
+            except Exception as error:
                 # Without its log an operation has not succeeded; one that failed or was canceled ends all the same.
-                self._fail(operation_id, OperationError(error.code, error.message))
+                self._fail(operation_id, self._explained(operation_id, error))
         operation = self._operations.finish(operation_id)
         with self._opening:
             opened = self._open.pop(operation_id, None)
@@ -177,9 +192,36 @@ class ExportRunner:
             operation.bytes_exported,
             f" ({operation.error.code})" if operation.error else "",
         )
+        return True
 
     def _complete_log(self, operation_id: OperationId) -> None:
+        """Write the log as it stays. A request that hangs holds up a success, but not a failure or a cancellation:
+        the log of those is given a little time, and is written late or not at all when that is over.
+        """
         opened = self._opened(operation_id)
+        written: Future[None] = Future()
+
+        def write() -> None:
+            try:
+                self._write_last_log(operation_id, opened)
+            except BaseException as error:
+                written.set_exception(error)
+            else:
+                written.set_result(None)
+
+        threading.Thread(target=write, name="last-log", daemon=True).start()
+        give_up_at = None
+        while not wait([written], timeout=0.1).done:
+            if self._closed.is_set():
+                raise Interrupted
+            if opened.watch.stop.is_set():
+                give_up_at = give_up_at or time.monotonic() + LAST_LOG_SECONDS
+                if time.monotonic() > give_up_at:
+                    _log.warning("operation %s ends without its complete error log", operation_id)
+                    return
+        written.result()
+
+    def _write_last_log(self, operation_id: OperationId, opened: _OpenExport) -> None:
         tries = 0
         while True:
             try:
@@ -196,7 +238,7 @@ class ExportRunner:
                 return
 
     def _fail(self, operation_id: OperationId, error: OperationError) -> None:
-        self._operations.stop(operation_id, OperationStatus.FAILING, error)
+        self._patiently(operation_id, lambda: self._operations.stop(operation_id, OperationStatus.FAILING, error))
         self.stop(operation_id)
 
     def _opened(self, operation_id: OperationId) -> _OpenExport:
@@ -205,7 +247,7 @@ class ExportRunner:
             if opened is None:
                 destination = self._destinations.open(self._destination_spec(operation_id))
                 log = ErrorLog(self._operations, operation_id, destination)
-                opened = _OpenExport(destination, ExportWatch(self._retry_seconds), log)
+                opened = _OpenExport(destination, ExportWatch(self._retry_seconds, self._pool.share()), log)
                 self._open[operation_id] = opened
             return opened
 
@@ -217,33 +259,50 @@ class ExportRunner:
         assert isinstance(public, dict)
         return DestinationSpec(str(recorded["type"]), public, secret)
 
-    def _guarded(self, operation_id: OperationId, step: Callable[[], _T], otherwise: _T) -> _T:
-        """Run a step. Trouble of ours that may pass (a busy or full database) is waited out; an error that no rule
-        covers fails the operation, with the whole story in the service's log, instead of leaving it hanging.
+    def _guarded(self, operation_id: OperationId, step: Callable[[], _T], *, failed: _T, gone: _T) -> _T:
+        """Run a step. An error that no rule covers fails the operation, with the whole story in the service's log,
+        instead of leaving it hanging; the answer is then `failed`. It is `gone` when the operation was purged.
         """
+        try:
+            try:
+                return self._patiently(operation_id, step)
+            except NotFound:
+                return gone
+            except Exception as error:
+                self._fail(operation_id, self._explained(operation_id, error))
+                return failed
+        except NotFound:
+            return gone
+
+    def _insist(self, operation_id: OperationId, step: Callable[[], bool]) -> bool:
+        """Run a step without which an operation would never end: after an error the operation fails, and the step is
+        run again.
+        """
+        while True:
+            answer = self._guarded(operation_id, step, failed=None, gone=False)
+            if answer is not None:
+                return answer
+            if self._closed.wait(_OWN_TROUBLE_PAUSE_SECONDS):
+                raise Interrupted
+
+    def _patiently(self, operation_id: OperationId, step: Callable[[], _T]) -> _T:
+        """Wait out trouble of ours that may pass: a busy or full database."""
         while True:
             try:
                 return step()
-            except NotFound:
-                return otherwise  # the operation was purged
             except (ServiceUnavailable, StorageFull) as error:
                 _log.error("operation %s waits: %s", operation_id, error)
                 if self._closed.wait(_OWN_TROUBLE_PAUSE_SECONDS):
                     raise Interrupted from error
-            except Interrupted:
-                raise
-            except DepotError as error:
-                self._fail(operation_id, OperationError(error.code, error.message))
-                return otherwise
-            except Exception:
-                if self._closed.is_set():
-                    raise
-                _log.exception("operation %s fails because of an error of the service", operation_id)
-                self._fail(
-                    operation_id,
-                    OperationError("InternalError", "An error of the service; its log has the details."),
-                )
-                return otherwise
+
+    def _explained(self, operation_id: OperationId, error: Exception) -> OperationError:
+        """The operation's error for an exception of ours. While the process is closing, none means anything."""
+        if self._closed.is_set():
+            raise Interrupted from error
+        if isinstance(error, DepotError):
+            return OperationError(error.code, error.message)
+        _log.error("operation %s fails because of an error of the service", operation_id, exc_info=error)
+        return OperationError("InternalError", "An error of the service; its log has the details.")
 
     def _watch(self) -> None:
         """Pass on the order to stop to the copies of operations that no longer run."""

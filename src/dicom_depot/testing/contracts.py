@@ -203,6 +203,9 @@ class BlobStoreContract(Generic[StoreT]):
 class DestinationContract(Generic[DestinationT]):
     """What every Destination keeps."""
 
+    puts_each = _PUTS_EACH
+    """Puts of each thread in the test with many threads; fewer where each takes long."""
+
     def make_destination(self) -> DestinationT:
         """A destination of its own, with nothing below it, for the test that asks."""
         raise NotImplementedError
@@ -392,7 +395,7 @@ class DestinationContract(Generic[DestinationT]):
 
         def work(thread: int) -> dict[str, bytes]:
             done = {}
-            for number in range(_PUTS_EACH):
+            for number in range(self.puts_each):
                 # All threads share studies and series, and more of them than any cache of handles is likely
                 # to hold.
                 key = f"op/results/1.{number % 5}/2.{number % 100}/3.{thread}.{number}.dcm"

@@ -43,7 +43,7 @@ WINDOW = 2 * CHUNKS_OF_ONE_OPERATION
 
 _QUEUE = "export-chunks"
 _POLLING_SECONDS = 0.05
-_MAINTENANCE_SECONDS = 600.0
+_MAINTENANCE_SECONDS = 60.0
 
 
 class DbosEngine:
@@ -103,13 +103,10 @@ class DbosEngine:
     def _plan(self, operation_id: str) -> None:
         id_ = OperationId(operation_id)
         self._follow(id_, DBOS.run_step({"name": "begin"}, self._runner.begin, id_))
-        while True:
-            result = DBOS.run_step({"name": "plan"}, self._runner.plan, id_)
-            if result is None:
-                break
+        while (result := DBOS.run_step({"name": "plan"}, self._runner.plan, id_)) is not None:
             self._follow(id_, result)
-        if DBOS.run_step({"name": "settled"}, self._runner.is_settled, id_):
-            self._start_finish(id_)
+        # Once more over everything: a page that was planned by a step that failed afterwards is not in any result.
+        self._follow(id_, DBOS.run_step({"name": "planned"}, self._runner.begin, id_))
 
     def _chunk(self, operation_id: str, number: int) -> None:
         id_ = OperationId(operation_id)
@@ -137,13 +134,17 @@ class DbosEngine:
             DBOS.start_workflow(self._finish_workflow, operation_id)
 
     def _take_over(self) -> None:
-        """Resume what dead processes ran, and start what an operation's record promises but no workflow stands for
-        (the two databases do not commit together).
-        """
+        """Resume what dead processes ran."""
         for status in DBOS.list_workflows(status="PENDING", load_input=False, load_output=False):
             if status.executor_id != self._executor_id:
                 queue = _QUEUE if status.queue_name == _QUEUE else None
                 DBOS.resume_workflow(status.workflow_id, queue_name=queue)
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """Start what an operation's record promises but no workflow stands for: the two databases do not commit
+        together, and a workflow that met an error ended with it.
+        """
         for operation_id in self._operations.active():
             for status in DBOS.list_workflows(workflow_id_prefix=f"{operation_id}-", status="ERROR"):
                 DBOS.delete_workflow(status.workflow_id)
@@ -151,15 +152,17 @@ class DbosEngine:
             self._follow(operation_id, self._runner.begin(operation_id))
 
     def _maintain(self) -> None:
-        """Remove the workflow rows of ended operations, now and then."""
+        """Now and then remove the workflow rows of ended operations, and see to it that the others go on."""
         while True:
             try:
                 self.purge_ended()
+                if self._closed.wait(_MAINTENANCE_SECONDS):
+                    return
+                self._go_on()
             except Exception:
-                if not self._closed.is_set():
-                    _log.exception("ended workflows could not be removed; trying again later")
-            if self._closed.wait(_MAINTENANCE_SECONDS):
-                return
+                if self._closed.wait(_MAINTENANCE_SECONDS):
+                    return
+                _log.exception("the upkeep of the workflows did not complete; trying again later")
 
     def purge_ended(self, older_than: timedelta = timedelta(minutes=10)) -> None:
         """Remove the workflow rows of operations that ended before a while."""
