@@ -6,6 +6,8 @@ A setting comes from, in this order: a command line flag, the environment (`DICO
 
 from __future__ import annotations
 
+import base64
+import binascii
 import os
 import tomllib
 from pathlib import Path
@@ -21,6 +23,7 @@ PREFIX = "DICOM_DEPOT_"
 CONFIG_VARIABLE = PREFIX + "CONFIG"
 
 _MIB = 1024 * 1024
+_SECRET_KEY_BYTES = 32
 
 
 def _default_concurrency() -> int:
@@ -129,6 +132,21 @@ class Settings(BaseSettings):
     def _split_list(cls, value: Any) -> Any:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
+    @field_validator("secret_keys")
+    @classmethod
+    def _keys(cls, value: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
+        for number, key in enumerate(value, 1):
+            try:
+                size = len(base64.b64decode(key.get_secret_value(), validate=True))
+            except (binascii.Error, ValueError):
+                size = 0
+            if size != _SECRET_KEY_BYTES:
+                raise ValueError(
+                    f"key {number} is not base64 of {_SECRET_KEY_BYTES} bytes; "
+                    "make one with: head -c 32 /dev/urandom | base64"
+                )
+        return value
+
     @field_validator("log_level", mode="before")
     @classmethod
     def _upper(cls, value: Any) -> Any:
@@ -139,19 +157,18 @@ class Settings(BaseSettings):
     def _http_url(cls, value: str | None) -> str | None:
         if value is None:
             return None
-        parts = urlsplit(value)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-            raise ValueError("it must look like https://host[:port][/path]")
-        return value.rstrip("/")
+        try:
+            return _http_address(value)
+        except ValueError:
+            raise ValueError("it must look like https://host[:port][/path]") from None
 
     @field_validator("export_allowed_endpoints")
     @classmethod
     def _endpoints(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for endpoint in value:
-            parts = urlsplit(endpoint)
-            if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.username:
-                raise ValueError("each must look like http://host[:port][/account]")
-        return tuple(endpoint.rstrip("/") for endpoint in value)
+        try:
+            return tuple(_http_address(endpoint) for endpoint in value)
+        except ValueError:
+            raise ValueError("each must look like http://host[:port][/account]") from None
 
     @field_validator("database_url")
     @classmethod
@@ -198,6 +215,17 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return (init_settings, env_settings)
+
+
+def _http_address(text: str) -> str:
+    """Scheme and host in lower case, port and path as given, no slash at the end. Raises ValueError."""
+    parts = urlsplit(text)
+    host = parts.hostname
+    if parts.scheme not in ("http", "https") or not host or "@" in parts.netloc or any(mark in text for mark in "?#\\"):
+        raise ValueError
+    address = f"[{host}]" if ":" in host else host
+    port = "" if parts.port is None else f":{parts.port}"
+    return f"{parts.scheme}://{address}{port}{parts.path}".rstrip("/")
 
 
 Source = Literal["flag", "environment", "file", "default"]

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import SplitResult, parse_qs, urlsplit
 
 import obstore
 from azure.core.exceptions import AzureError, HttpResponseError, ServiceResponseTimeoutError
@@ -44,6 +44,7 @@ EMULATOR_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K
 
 _PROBE_SECONDS = 10.0
 _CONNECT_SECONDS = 5.0
+_REMOVE_SECONDS = 5.0
 _STREAM_PART_BYTES = 8 * 1024 * 1024
 _STREAM_PARTS_AT_ONCE = 2
 _SMALL_LOG_BYTES = 16 * 1024 * 1024
@@ -119,7 +120,7 @@ def _parse_uri(uri: str, *, use_identity: bool) -> tuple[str, str, dict[str, str
     place = "blobContainerUri"
     try:
         parts = urlsplit(uri)
-        port = parts.port
+        _ = parts.port
     except ValueError:
         raise _refused("InvalidUri", "blobContainerUri is not a URL.", place) from None
     if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -142,10 +143,7 @@ def _parse_uri(uri: str, *, use_identity: bool) -> tuple[str, str, dict[str, str
             "blobContainerUri brings a SAS; leave it out, or set useManagedIdentity to false.",
             "useManagedIdentity",
         )
-    host = parts.hostname.lower()
-    address = f"[{host}]" if ":" in host else host
-    authority = address if port is None else f"{address}:{port}"
-    endpoint = "/".join([f"{parts.scheme}://{authority}", *account_path])
+    endpoint = "/".join([_address(parts), *account_path])
     return endpoint, container, {"sas": parts.query} if is_signed else None
 
 
@@ -164,7 +162,7 @@ def _parse_connection_string(text: str) -> tuple[str, dict[str, str] | None]:
             )
         values[name.strip().lower()] = value.strip()
     account = values.get("accountname", "")
-    is_emulator = account == EMULATOR_ACCOUNT
+    is_emulator = account == EMULATOR_ACCOUNT and not _is_of_the_cloud(values.get("blobendpoint", ""))
     if "accountkey" in values and not is_emulator:
         raise _refused(
             "AccountKeyRefused",
@@ -185,18 +183,28 @@ def _parse_connection_string(text: str) -> tuple[str, dict[str, str] | None]:
     if (
         parts.scheme not in ("http", "https")
         or not parts.hostname
-        or parts.query
-        or parts.fragment
         or parts.username is not None
-        or "\\" in endpoint
+        or any(character in endpoint for character in "?#\\")
     ):
         raise _refused(
             "InvalidConnectionString", "connectionString needs a BlobEndpoint, or a valid AccountName.", place
         )
+    endpoint = "/".join([_address(parts), *(part for part in parts.path.split("/") if part)])
     sas = values.get("sharedaccesssignature", "").removeprefix("?")
     if sas:
         return endpoint, {"sas": sas}
     return endpoint, {"account_key": values["accountkey"]} if "accountkey" in values else None
+
+
+def _address(parts: SplitResult) -> str:
+    """Scheme, host and port in their usual spelling: what is compared with the operator's list."""
+    host = parts.hostname or ""
+    address = f"[{host}]" if ":" in host else host
+    return f"{parts.scheme}://{address}" if parts.port is None else f"{parts.scheme}://{address}:{parts.port}"
+
+
+def _is_of_the_cloud(endpoint: str) -> bool:
+    return any(suffix in endpoint.lower() for suffix in CLOUD_SUFFIXES)
 
 
 def _check_endpoint(endpoint: str, allowed: Sequence[str], place: str) -> None:
@@ -242,9 +250,18 @@ class AzureDestination:
     def __init__(self, spec: DestinationSpec, *, request_seconds: float, content_md5: bool) -> None:
         self._container = spec.public["container"]
         self._account = _account(spec.public["endpoint"])
-        self._probe = _store(spec, min(_PROBE_SECONDS, request_seconds))
-        self._store = _store(spec, request_seconds)
-        self._md5 = _Md5Writer(spec, request_seconds) if content_md5 else None
+        try:
+            self._probe = _store(spec, min(_PROBE_SECONDS, request_seconds))
+            self._remover = _store(spec, min(_REMOVE_SECONDS, request_seconds))
+            self._store = _store(spec, request_seconds)
+            self._md5 = _Md5Writer(spec, request_seconds) if content_md5 else None
+        except (BaseError, AzureError, ValueError):  # the libraries say no more; their text may hold the secret
+            raise DestinationRefused(
+                f"The sign-in for container '{self._container}' of account '{self._account}' cannot be read. "
+                "Use the SAS as the portal shows it.",
+                code="InvalidSignIn",
+                target="destination.settings",
+            ) from None
 
     def put(self, key: str, content: bytes) -> None:
         try:
@@ -317,7 +334,7 @@ class AzureDestination:
 
     def remove_log(self, key: str) -> None:
         try:
-            obstore.delete(self._probe, key)
+            obstore.delete(self._remover, key)
         except _ERRORS:
             return
 
@@ -383,7 +400,8 @@ def _account(endpoint: str) -> str:
 def _status_and_code(error: BaseException) -> tuple[int | None, str]:
     """HTTP status (None: no answer) and error code. The text of obstore's errors is the only place that has them."""
     if isinstance(error, HttpResponseError) and error.status_code is not None:
-        return error.status_code, str(getattr(error, "error_code", None) or f"Status{error.status_code}")
+        named = re.fullmatch(r"\w{1,64}", str(getattr(error, "error_code", None) or ""))
+        return error.status_code, named[0] if named else f"Status{error.status_code}"
     if isinstance(error, AzureError):
         return None, "TimedOut" if isinstance(error, ServiceResponseTimeoutError) else "ConnectionFailed"
     text = str(error)

@@ -270,9 +270,12 @@ class SqlOperations:
 
     def is_settled(self, operation_id: OperationId) -> bool:
         with self._database.read() as connection:
-            status, is_planned = connection.execute(
+            row = connection.execute(
                 sa.select(operations.c.status, operations.c.is_planned).where(operations.c.id == operation_id)
-            ).one()
+            ).one_or_none()
+            if row is None:
+                raise _unknown(operation_id)
+            status, is_planned = row
             match OperationStatus(status):
                 case OperationStatus.RUNNING if is_planned:
                     open_states: tuple[str, ...] = (_PLANNED, _RUNNING, _STOPPED)
@@ -312,7 +315,7 @@ class SqlOperations:
     def log_state(self, operation_id: OperationId) -> LogState:
         columns = operations.c
         with self._database.read() as connection:
-            etag, lines, size, written_at, failures = connection.execute(
+            row = connection.execute(
                 sa.select(
                     columns.log_etag,
                     columns.log_lines,
@@ -320,7 +323,10 @@ class SqlOperations:
                     columns.log_written_at,
                     columns.skipped,
                 ).where(columns.id == operation_id)
-            ).one()
+            ).one_or_none()
+        if row is None:
+            raise _unknown(operation_id)
+        etag, lines, size, written_at, failures = row
         return LogState(etag, lines, size, written_at.replace(tzinfo=UTC), failures)
 
     def save_log_state(self, operation_id: OperationId, etag: str | None, lines: int, size: int) -> None:

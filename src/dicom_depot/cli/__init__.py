@@ -7,7 +7,15 @@ from typing import Annotated
 
 import typer
 
-from dicom_depot.cli import import_command, serve_command, settings_command
+from dicom_depot.cli import (
+    check_command,
+    demo_command,
+    export_command,
+    import_command,
+    operations_command,
+    serve_command,
+    settings_command,
+)
 
 app = typer.Typer(
     name="dicom-depot",
@@ -19,10 +27,14 @@ app = typer.Typer(
 for _name, _command in (
     ("serve", serve_command.serve),
     ("import", import_command.import_files),
+    ("export", export_command.export),
+    ("check", check_command.check),
     ("settings", settings_command.show_settings),
     ("migrate", settings_command.migrate),
 ):
     app.command(_name)(settings_command.with_setting_flags(_command))
+app.command("demo")(demo_command.demo)
+app.add_typer(operations_command.app, name="operations")
 
 
 @app.callback()

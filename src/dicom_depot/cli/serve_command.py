@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import multiprocessing
 import os
 import socket
 import threading
-import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -20,11 +21,15 @@ from dicom_depot import config, wiring
 from dicom_depot.adapters.folder_lock import FolderLock
 from dicom_depot.cli.common import ExitCode, err, explained_errors, fail, load_settings
 from dicom_depot.config import CONFIG_VARIABLE, PREFIX, Settings
+from dicom_depot.domain.errors import DepotError
 from dicom_depot.telemetry import set_up_logging
 from dicom_depot.web.app import create_app
 from dicom_depot.web.context import WebContext
 
-_PARENT_CHECK_SECONDS = 0.5
+_log = logging.getLogger(__name__)
+
+_STOP_SECONDS = 8
+"""How long a worker may take to end by itself, e.g. while a request to a destination hangs."""
 
 
 def serve(context: typer.Context) -> None:
@@ -45,6 +50,7 @@ def serve(context: typer.Context) -> None:
         interface=Interfaces.ASGI,
         workers=1,
         respawn_failed_workers=True,
+        workers_kill_timeout=_STOP_SECONDS,
         log_enabled=settings.log_level == "DEBUG",
     ).serve()
 
@@ -57,7 +63,14 @@ def asgi_app() -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def open_context() -> AsyncIterator[WebContext]:
-        service = await run_in_threadpool(wiring.open_service, settings)
+        try:
+            service = await run_in_threadpool(wiring.open_service, settings)
+        except DepotError as error:
+            _log.error("the service cannot start: %s", error.message)  # granian says nothing of what ends a worker
+            raise
+        except Exception:
+            _log.exception("the service cannot start")
+            raise
         try:
             yield WebContext(settings, service.exports, service.index, service.store)
         finally:
@@ -104,12 +117,12 @@ def _export_flags(context: typer.Context, port: int) -> None:
 
 
 def _end_with_parent() -> None:
-    """End this worker soon after its parent died: nobody would supervise it, and it holds port and data folder."""
-    parent = os.getppid()
+    """End this worker as soon as its parent died: nobody would supervise it, and it holds port and data folder."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
 
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(_PARENT_CHECK_SECONDS)
+        parent.join()  # returns at once for a parent that is dead already
         os._exit(1)  # what runs is durable; the next process goes on with it
 
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()

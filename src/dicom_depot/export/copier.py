@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from queue import SimpleQueue
 
 from xxhash import xxh3_64, xxh3_64_intdigest
 
@@ -35,13 +34,15 @@ _TURN_SECONDS = 0.25
 
 
 class Slots:
-    """A counting semaphore from which several can be taken at once, and that tells whether somebody waits."""
+    """A counting semaphore that serves those who wait in their order, and tells whether there are any.
+
+    Several slots are taken at once: two that each held a part would wait for each other.
+    """
 
     def __init__(self, count: int) -> None:
-        self._free: SimpleQueue[None] = SimpleQueue()
-        self._waiting: deque[None] = deque()
-        self._taking_several = threading.Lock()
-        self.give_back(count)
+        self._free = count
+        self._waiting: deque[tuple[int, threading.Event]] = deque()
+        self._changing = threading.Lock()
 
     @property
     def is_short(self) -> bool:
@@ -49,20 +50,21 @@ class Slots:
         return bool(self._waiting)
 
     def take(self, count: int) -> None:
-        self._waiting.append(None)
-        try:
-            if count == 1:
-                self._free.get()
+        with self._changing:
+            if count <= self._free and not self._waiting:
+                self._free -= count
                 return
-            with self._taking_several:  # two that each hold a part would wait for each other
-                for _ in range(count):
-                    self._free.get()
-        finally:
-            self._waiting.pop()
+            served = threading.Event()
+            self._waiting.append((count, served))
+        served.wait()
 
     def give_back(self, count: int) -> None:
-        for _ in range(count):
-            self._free.put(None)
+        with self._changing:
+            self._free += count
+            while self._waiting and self._waiting[0][0] <= self._free:
+                taken, served = self._waiting.popleft()
+                self._free -= taken
+                served.set()
 
 
 class CopyPool:
@@ -139,27 +141,31 @@ class ExportWatch:
 
 
 class _Hold:
-    """The slots that a lane holds. They are kept from one copy to the next unless somebody waits for one: taking and
-    giving back for each small instance would cost more than everything else that is ours in the loop.
+    """The slots that a lane holds. They are kept from one copy to the next: handing them to another lane after each
+    wakes a thread each time, which costs as much as copying a small instance. When another export waits for slots,
+    they are given back once the lane's turn is over.
     """
 
     def __init__(self, pool: CopyPool, own: Slots) -> None:
         self._both = (own, pool.slots)
         self._held = 0
+        self._turn_ends = 0.0
 
     def take(self, count: int) -> None:
         own, shared = self._both
-        if self._held == count and not shared.is_short:
+        if self._held == count and not (shared.is_short and time.monotonic() >= self._turn_ends):
             return
         self.give_back()
         own.take(count)
         shared.take(count)
         self._held = count
+        self._turn_ends = time.monotonic() + _TURN_SECONDS
 
     def give_back(self) -> None:
         held, self._held = self._held, 0
-        for slots in self._both:
-            slots.give_back(held)
+        if held:
+            for slots in self._both:
+                slots.give_back(held)
 
 
 @dataclass(slots=True)

@@ -1,5 +1,7 @@
 """The promises of `ports`, as tests that every adapter inherits. No pytest here, no adapter, no fixture.
 
+Stores and destinations are here; `index_contract`, `operations_contract` and `chunks_contract` have the rest.
+
 A subclass whose name begins with `Test` provides the hooks (those that raise NotImplementedError); each
 `test_...` method then states one promise. A hook is never optional: a promise that a backend cannot break is
 shown not to break.

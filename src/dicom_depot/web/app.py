@@ -6,22 +6,14 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dicom_depot import __version__
 from dicom_depot.web.context import WebContext
-from dicom_depot.web.errors import error_response, install_error_handlers
+from dicom_depot.web.errors import COMMON_HEADERS, error_response, install_error_handlers
 from dicom_depot.web.routes import export, health, operations
-
-_HEADERS = [
-    (b"x-content-type-options", b"nosniff"),
-    (b"x-frame-options", b"SAMEORIGIN"),
-    (b"content-security-policy", b"frame-src 'self';"),
-    (b"cache-control", b"no-store"),
-    (b"api-supported-versions", b"1, 2"),
-]
 
 Opener = Callable[[], AbstractAsyncContextManager[WebContext]]
 
@@ -43,6 +35,7 @@ def create_app(open_context: Opener) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         openapi_url="/v2/api.json",
+        redirect_slashes=False,
         generate_unique_id_function=_operation_name,
     )
     for prefix in ("/v1", "/v2", ""):
@@ -56,14 +49,10 @@ def create_app(open_context: Opener) -> FastAPI:
             include_in_schema=False,
         )
     app.add_api_route("/v1/api.json", app.openapi, include_in_schema=False)
-    app.add_api_route("/v{version:int}/{path:path}", _refuse_version, methods=_METHODS, include_in_schema=False)
     app.include_router(health.router)
     install_error_handlers(app)
     app.add_middleware(_Headers)
     return app
-
-
-_METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]
 
 
 def _operation_name(route: Any) -> str:
@@ -75,12 +64,7 @@ async def _refuse_partition(partition: str) -> JSONResponse:
     return error_response(400, "PartitionsDisabled", message, "partitionName")
 
 
-async def _refuse_version(request: Request, version: int, path: str) -> JSONResponse:
-    if version in (1, 2):
-        return error_response(404, "NotFound", "There is nothing at this path.", None)
-    return error_response(
-        400, "UnsupportedApiVersion", f"Version {version} is not supported; use /v1 or /v2.", "version"
-    )
+_HEADERS = [(name.lower().encode(), value.encode()) for name, value in COMMON_HEADERS.items()]
 
 
 class _Headers:
@@ -92,7 +76,8 @@ class _Headers:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], *_HEADERS]
+                present = {name for name, _ in message["headers"]}
+                message["headers"] = [*message["headers"], *(each for each in _HEADERS if each[0] not in present)]
             await send(message)
 
         await self._app(scope, receive, send_with_headers if scope["type"] == "http" else send)

@@ -1,0 +1,177 @@
+"""One small export, run step by step on the real adapters, with a place for a fault at every call. No tests here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dicom_depot.adapters.database import Database
+from dicom_depot.adapters.destinations import Destinations
+from dicom_depot.adapters.index_sql import SqlIndex
+from dicom_depot.adapters.local_folder import FolderBlobStore
+from dicom_depot.adapters.operations_sql import SqlOperations
+from dicom_depot.adapters.sealing import AesSecretBox
+from dicom_depot.domain.errors import DepotError
+from dicom_depot.domain.export import DestinationSpec, ExportSpecification
+from dicom_depot.domain.identifiers import parse_identifier
+from dicom_depot.domain.operation import Operation, OperationId
+from dicom_depot.export.copier import CopyPool
+from dicom_depot.export.planner import Planner
+from dicom_depot.export.runner import ExportRunner, Interrupted
+from dicom_depot.export.service import ExportService
+from dicom_depot.ports import BlobStore, Destination, InstanceIndex, OperationStore
+from dicom_depot.testing.engine import StepEngine, WorkflowRecords
+from dicom_depot.testing.faults import Crash, FaultPlan, faulty
+from tests.support.archive import Archive, instance_keys, log_lines, read_folder
+
+CHUNK_INSTANCES = 3
+WINDOW = 2
+RETRY_SECONDS = 20.0
+
+
+@dataclass(frozen=True)
+class End:
+    """How an export ended, in terms that do not depend on its id and its times."""
+
+    status: str
+    counters: tuple[int, ...]
+    error: str | None
+    tree: dict[str, bytes]
+    log: list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class _Destinations(Destinations):
+    """Opens destinations that fail as planned."""
+
+    faults: FaultPlan = field(default_factory=FaultPlan)
+
+    def open(self, spec: DestinationSpec) -> Destination:
+        return faulty(self.faults.call("destinations.open", lambda: super(_Destinations, self).open(spec)), "destination", self.faults)
+
+
+@dataclass
+class Process:
+    """What a process builds on the data folder, as `wiring` does; here without DBOS."""
+
+    database: Database
+    index: InstanceIndex
+    operations: OperationStore
+    store: BlobStore
+    runner: ExportRunner
+    engine: StepEngine
+    exports: ExportService
+
+
+@dataclass
+class Bench:
+    """A data folder, an export root and the workflow records: what outlives a process."""
+
+    archive: Archive
+    root: Path
+    records: WorkflowRecords = field(default_factory=WorkflowRecords)
+
+    @contextmanager
+    def process(self, faults: FaultPlan | None = None, *, is_start_faulty: bool = False) -> Iterator[Process]:
+        plan = faults or FaultPlan()
+        settings = self.archive.settings
+        database = Database(settings.database_path)
+        index = faulty(SqlIndex(database), "index", plan)
+        operations = faulty(SqlOperations(database), "operations", plan)
+        store = faulty(FolderBlobStore(settings.store_path, may_create=False), "store", plan)
+        destinations = _Destinations(
+            export_root=self.root,
+            allowed_endpoints=(),
+            allow_anonymous=False,
+            request_seconds=5,
+            content_md5=False,
+            faults=plan,
+        )
+        secrets = AesSecretBox([bytes(32)])
+        planner = Planner(index, operations, CHUNK_INSTANCES, 1 << 30)
+        runner = ExportRunner(
+            index=index,
+            operations=operations,
+            store=store,
+            destinations=destinations,
+            secrets=secrets,
+            planner=planner,
+            pool=CopyPool(2, 1 << 28, 1 << 25, 2),
+            retry_seconds=RETRY_SECONDS,
+            window=WINDOW,
+        )
+        engine = StepEngine(runner, operations, self.records, plan)
+        exports = ExportService(
+            index=index,
+            operations=operations,
+            destinations=destinations,
+            secrets=secrets,
+            planner=planner,
+            runner=runner,
+            engine=engine,
+            identifiers_max=1000,
+        )
+        try:
+            yield Process(database, index, operations, store, runner, engine, exports)
+        finally:
+            runner.close()
+            database.close()
+
+    def start(self, *identifiers: str) -> OperationId:
+        """Record an operation. Nothing of it runs before the engine does."""
+        with self.process() as process:
+            specification = ExportSpecification(
+                tuple(map(parse_identifier, identifiers)), DestinationSpec("file", {"folder": ""})
+            )
+            return process.exports.start(specification).id
+
+    def run(self, faults: FaultPlan | None = None, processes_max: int = 5) -> int:
+        """Run everything to its end, in a new process after each death; returns how many it took.
+
+        Only the first process has the faults.
+        """
+        for number in range(1, processes_max + 1):
+            with self.process(faults if number == 1 else None) as process:
+                try:
+                    process.engine.take_over()
+                    process.engine.run()
+                except (Crash, Interrupted):
+                    continue
+                return number
+        raise AssertionError(f"not at its end after {processes_max} processes")
+
+    def end(self, operation_id: OperationId) -> End:
+        with self.process() as process:
+            operation = process.operations.get(operation_id)
+            assert process.operations.active() == []
+            assert process.operations.sealed_secret(operation_id) is None
+            assert not self.records.waiting
+        tree = read_folder(self.root / operation_id)
+        log = log_lines(tree.pop("errors.log"))
+        return End(
+            operation.status.value, counters(operation), operation.error.code if operation.error else None, tree, log
+        )
+
+
+def counters(operation: Operation) -> tuple[int, ...]:
+    return (
+        operation.total,
+        operation.exported,
+        operation.skipped,
+        operation.bytes_total,
+        operation.bytes_exported,
+    )
+
+
+def expected_tree(contents: dict[str, bytes], exported: list[str]) -> dict[str, bytes]:
+    """The copies of some instances, by path below the operation's folder."""
+    keys = instance_keys("", exported)
+    return {keys[identifier].removeprefix("/"): contents[identifier] for identifier in exported}
+
+
+class ForeignError(DepotError):
+    """An error that no rule mentions."""
+
+    code = "Foreign"
