@@ -22,7 +22,7 @@ app = typer.Typer(
     help="A DICOM service that exports medical images in bulk.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    rich_markup_mode="markdown",
 )
 for _name, _command in (
     ("serve", serve_command.serve),
