@@ -49,7 +49,11 @@ class _Destinations(Destinations):
     faults: FaultPlan = field(default_factory=FaultPlan)
 
     def open(self, spec: DestinationSpec) -> Destination:
-        return faulty(self.faults.call("destinations.open", lambda: super(_Destinations, self).open(spec)), "destination", self.faults)
+        return faulty(
+            self.faults.call("destinations.open", lambda: super(_Destinations, self).open(spec)),
+            "destination",
+            self.faults,
+        )
 
 
 @dataclass

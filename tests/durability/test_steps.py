@@ -93,7 +93,14 @@ def undisturbed(archive: Archive, tmp_path_factory: pytest.TempPathFactory) -> t
 
 
 # Nothing to distinguish before and after.
-_WITHOUT_EFFECT = ("index.", "store.", "operations.get", "operations.is_", "operations.log_state", "operations.runnable")
+_WITHOUT_EFFECT = (
+    "index.",
+    "store.",
+    "operations.get",
+    "operations.is_",
+    "operations.log_state",
+    "operations.runnable",
+)
 _WITHOUT_EFFECT += ("operations.failures", "operations.plan_position", "operations.identifiers", "operations.sealed")
 
 
@@ -116,10 +123,12 @@ def test_the_undisturbed_export_is_what_the_specification_says(
     assert end.status == "succeeded"
     assert end.error is None
     assert end.tree == expected_tree(archive.contents, [ref for ref in refs if ref not in skipped])
-    assert sorted(identifier for identifier, _ in end.log) == sorted([
-        *skipped,
-        *(ref for ref in _sources(archive) if "1.2.3" in ref.split("/")),
-    ])
+    assert sorted(identifier for identifier, _ in end.log) == sorted(
+        [
+            *skipped,
+            *(ref for ref in _sources(archive) if "1.2.3" in ref.split("/")),
+        ]
+    )
     assert end.counters[:3] == (_COUNT + 4, _COUNT - 2, 6)
 
 
@@ -154,7 +163,9 @@ def test_a_passing_fault_of_source_or_destination_at_any_call_is_retried(
     sides = {"store.": SourceFault, "destination.": DestinationFault}
     for prefix, fault in sides.items():
         for name, number, when in _places(counted, prefix):
-            plan = FaultPlan(name, number, when, lambda fault=fault: fault("Busy", "busy", FaultKind.TRANSIENT), times=3)
+            plan = FaultPlan(
+                name, number, when, lambda fault=fault: fault("Busy", "busy", FaultKind.TRANSIENT), times=3
+            )
             assert _run(new_bench(), plan) == expected, (name, number, when)
 
 
@@ -185,7 +196,9 @@ def test_a_refused_instance_is_one_more_skip_and_nothing_else(
         end = _run(new_bench(), refusal)
         assert end.status == "succeeded"
         assert len(end.tree) == len(expected.tree) - 1
-        assert set(end.log) - set(expected.log) == {(one, "Refused: no") for one, error in end.log if "Refused" in error}
+        assert set(end.log) - set(expected.log) == {
+            (one, "Refused: no") for one, error in end.log if "Refused" in error
+        }
         assert len(end.log) == len(expected.log) + 1
         assert end.counters[1:3] == (expected.counters[1] - 1, expected.counters[2] + 1)
 

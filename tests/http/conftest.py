@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.support.azurite import Azurite
-from tests.support.depot import Depot, open_depot
+from tests.support.depot import Depot, Imported, import_instances, open_depot
 from tests.support.fault_endpoint import FaultEndpoint
 
 PUBLIC_URL = "https://depot.example.org/imaging"
@@ -20,14 +20,23 @@ def endpoint() -> Iterator[FaultEndpoint]:
 
 
 @pytest.fixture(scope="session")
-def depot(tmp_path_factory: pytest.TempPathFactory, azurite: Azurite, endpoint: FaultEndpoint) -> Iterator[Depot]:
+def imported(tmp_path_factory: pytest.TempPathFactory) -> Imported:
+    return import_instances(tmp_path_factory.mktemp("imported"))
+
+
+@pytest.fixture(scope="session")
+def depot(
+    tmp_path_factory: pytest.TempPathFactory, imported: Imported, azurite: Azurite, endpoint: FaultEndpoint
+) -> Iterator[Depot]:
     """The service as it comes, with the places to export to that the tests have."""
-    with open_depot(tmp_path_factory.mktemp("depot"), azurite, endpoint) as running:
+    with open_depot(tmp_path_factory.mktemp("depot"), imported, azurite, endpoint) as running:
         yield running
 
 
 @pytest.fixture(scope="session")
-def other_depot(tmp_path_factory: pytest.TempPathFactory, azurite: Azurite, endpoint: FaultEndpoint) -> Iterator[Depot]:
+def other_depot(
+    tmp_path_factory: pytest.TempPathFactory, imported: Imported, azurite: Azurite, endpoint: FaultEndpoint
+) -> Iterator[Depot]:
     """A service with everything set otherwise: anonymous destinations, a public URL, small limits, no export root."""
     settings = {
         "export_allow_anonymous": "true",
@@ -36,7 +45,7 @@ def other_depot(tmp_path_factory: pytest.TempPathFactory, azurite: Azurite, endp
         "max_body_bytes": 4096,
         "export_root": None,
     }
-    with open_depot(tmp_path_factory.mktemp("other"), azurite, endpoint, **settings) as running:
+    with open_depot(tmp_path_factory.mktemp("other"), imported, azurite, endpoint, **settings) as running:
         yield running
 
 

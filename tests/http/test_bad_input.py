@@ -236,6 +236,7 @@ def test_what_the_proof_wrote_is_removed_where_that_is_allowed(depot: Depot) -> 
     [
         ("proof-second", Rule(Respond(403, "AuthorizationFailure"), "PUT", when=lambda attempt: attempt.number == 2)),
         ("proof-lost", Rule(Respond(500, "InternalError", after_commit=True), "PUT", times=1)),
+        ("proof-changed", Rule(Respond(412, "ConditionNotMet"), "PUT", when=lambda attempt: attempt.number == 2)),
         ("proof-odd", Rule(Respond(418, "x" * 500), "PUT", when=lambda attempt: attempt.number == 2)),
     ],
 )

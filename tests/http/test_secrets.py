@@ -20,7 +20,7 @@ import httpx
 import pytest
 
 from tests.support.azurite import Azurite
-from tests.support.depot import Depot, azure, body, open_depot
+from tests.support.depot import Depot, Imported, azure, body, open_depot
 from tests.support.fault_endpoint import Delay, FaultEndpoint, Respond, Rule
 
 
@@ -115,6 +115,7 @@ class Search:
 def search(
     request: pytest.FixtureRequest,
     tmp_path_factory: pytest.TempPathFactory,
+    imported: Imported,
     azurite: Azurite,
     endpoint: FaultEndpoint,
 ) -> Iterator[Search]:
@@ -123,7 +124,7 @@ def search(
     settings: dict[str, object] = {"secret_keys": ",".join(base64.b64encode(key).decode() for key in given)}
     if request.param != "keys from the settings":
         settings = {"secret_keys": None, "export_content_md5": "true"}
-    with open_depot(folder, azurite, endpoint, log_level="DEBUG", **settings) as depot:
+    with open_depot(folder, imported, azurite, endpoint, log_level="DEBUG", **settings) as depot:
         file = depot.service.data_dir / "secret.key"
         keys = given
         if settings["secret_keys"] is None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sqlite3
 import uuid
+from contextlib import closing
 
 import httpx
 import pytest
@@ -183,6 +185,21 @@ def test_an_unknown_version_is_400(depot: Depot, version: str) -> None:
 def test_partitions_are_refused(depot: Depot, path: str) -> None:
     _, destination = depot.container()
     assert_error(depot.client.post(path, json=body(destination, "1.2.3")), 400, "PartitionsDisabled")
+
+
+def test_an_error_of_ours_is_500_without_details(other_depot: Depot) -> None:
+    path = other_depot.service.data_dir / "depot.sqlite"
+    with closing(sqlite3.connect(path, timeout=30)) as database:
+        database.execute("ALTER TABLE operations RENAME TO mislaid")
+        try:
+            answer = other_depot.client.get("/v2/operations")
+        finally:
+            database.execute("ALTER TABLE mislaid RENAME TO operations")
+    error = assert_error(answer, 500, "InternalError")
+    assert "sql" not in answer.text.lower()
+    assert "log" in error["message"]
+    assert "no such table" in other_depot.service.log_path.read_text()
+    assert other_depot.client.get("/v2/operations").status_code == 200
 
 
 # Dry run

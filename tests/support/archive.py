@@ -92,9 +92,7 @@ def import_by_command(root: Path, samples: Iterable[Sample]) -> Archive:
 def import_in_process(root: Path, samples: Iterable[Sample]) -> Archive:
     """The same import without a command's start."""
     contents = write_samples(root / "source", samples)
-    summary = ingest(
-        find_files([root / "source"]), prepare_import(Settings(data_dir=root / "data")), processes=0
-    )
+    summary = ingest(find_files([root / "source"]), prepare_import(Settings(data_dir=root / "data")), processes=0)
     assert summary.stored == len(contents), summary
     return Archive(root / "data", contents)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import os
+import shutil
 import socket
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -141,17 +142,33 @@ def all_below(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
-@contextlib.contextmanager
-def open_depot(folder: Path, azurite: Azurite, endpoint: FaultEndpoint, **settings: object) -> Iterator[Depot]:
-    """Import the instances, start the service, and stop it at the end."""
-    instances = stored_instances()
+@dataclass(frozen=True, slots=True)
+class Imported:
+    """A data folder that holds `instances` and that no service has opened."""
+
+    data_dir: Path
+    instances: dict[str, bytes]
+
+
+def import_instances(folder: Path) -> Imported:
+    """Make a data folder below `folder`, as an operator does: by the command."""
+    imported = Imported(folder / "data", stored_instances())
     files = folder / "files"
     files.mkdir()
-    for number, content in enumerate(instances.values()):
+    for number, content in enumerate(imported.instances.values()):
         (files / f"{number:03}").write_bytes(content)
+    run_command("import", str(files), data_dir=imported.data_dir)
+    return imported
+
+
+@contextlib.contextmanager
+def open_depot(
+    folder: Path, imported: Imported, azurite: Azurite, endpoint: FaultEndpoint, **settings: object
+) -> Iterator[Depot]:
+    """Start a service on a copy of the imported data below `folder`, and stop it at the end."""
     data_dir, export_root = folder / "data", folder / "export-root"
+    shutil.copytree(imported.data_dir, data_dir)
     export_root.mkdir()
-    run_command("import", str(files), data_dir=data_dir)
     # A port that is bound and does not listen refuses; one that listens and never accepts stays silent.
     with socket.socket() as refusing, socket.socket() as silent:
         refusing.bind(("127.0.0.1", 0))
@@ -168,7 +185,7 @@ def open_depot(folder: Path, azurite: Azurite, endpoint: FaultEndpoint, **settin
         with running_service(
             data_dir, **{name: value for name, value in given.items() if value is not None}
         ) as service:
-            depot = Depot(service, azurite, endpoint, bad, export_root, instances)
+            depot = Depot(service, azurite, endpoint, bad, export_root, imported.instances)
             try:
                 yield depot
             finally:
