@@ -14,8 +14,8 @@ from tests.support.archive import Archive, import_in_process, instance_keys, log
 from tests.support.fault_endpoint import Action, Attempt, FaultEndpoint, Rule
 from tests.support.service import RunningService, azure_destination, running_service
 
-REQUEST_SECONDS = 1.5
-RETRY_SECONDS = 6.0
+REQUEST_SECONDS = 1.0
+RETRY_SECONDS = 4.0
 STREAM_BYTES = 1 << 20
 
 When = Callable[[Attempt], bool]
@@ -23,7 +23,7 @@ When = Callable[[Attempt], bool]
 
 @dataclass
 class FaultsPlace:
-    """A running service, an archive with damaged instances in it, and the endpoint. Every test has its own container."""
+    """A running service, an archive with damaged instances, and the endpoint, with a container for each test."""
 
     service: RunningService
     endpoint: FaultEndpoint
@@ -65,6 +65,13 @@ class FaultsPlace:
 
     def log(self, container: str, operation_id: str) -> list[tuple[str, str]]:
         return log_lines(self.endpoint.read_tree(container)[f"{operation_id}/errors.log"])
+
+    def assert_silent(self, container: str) -> None:
+        """Nothing is asked of the container any more."""
+        place = f"/account/{container}/"
+        seen = [each for each in self.endpoint.requests if each.path.startswith(place)]
+        time.sleep(0.6)
+        assert [each for each in self.endpoint.requests if each.path.startswith(place)] == seen
 
     def wait_for_copies(self, container: str, count: int) -> None:
         """Until an export is in full swing."""

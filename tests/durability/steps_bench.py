@@ -60,7 +60,7 @@ class _Destinations(Destinations):
 class Process:
     """What a process builds on the data folder, as `wiring` does; here without DBOS."""
 
-    database: Database
+    archive: Archive
     index: InstanceIndex
     operations: OperationStore
     store: BlobStore
@@ -78,7 +78,7 @@ class Bench:
     records: WorkflowRecords = field(default_factory=WorkflowRecords)
 
     @contextmanager
-    def process(self, faults: FaultPlan | None = None, *, is_start_faulty: bool = False) -> Iterator[Process]:
+    def process(self, faults: FaultPlan | None = None) -> Iterator[Process]:
         plan = faults or FaultPlan()
         settings = self.archive.settings
         database = Database(settings.database_path)
@@ -118,7 +118,7 @@ class Bench:
             identifiers_max=1000,
         )
         try:
-            yield Process(database, index, operations, store, runner, engine, exports)
+            yield Process(self.archive, index, operations, store, runner, engine, exports)
         finally:
             runner.close()
             database.close()
@@ -126,10 +126,7 @@ class Bench:
     def start(self, *identifiers: str) -> OperationId:
         """Record an operation. Nothing of it runs before the engine does."""
         with self.process() as process:
-            specification = ExportSpecification(
-                tuple(map(parse_identifier, identifiers)), DestinationSpec("file", {"folder": ""})
-            )
-            return process.exports.start(specification).id
+            return process.exports.start(specification(*identifiers)).id
 
     def run(self, faults: FaultPlan | None = None, processes_max: int = 5) -> int:
         """Run everything to its end, in a new process after each death; returns how many it took.
@@ -157,6 +154,10 @@ class Bench:
         return End(
             operation.status.value, counters(operation), operation.error.code if operation.error else None, tree, log
         )
+
+
+def specification(*identifiers: str) -> ExportSpecification:
+    return ExportSpecification(tuple(map(parse_identifier, identifiers)), DestinationSpec("file", {"folder": ""}))
 
 
 def counters(operation: Operation) -> tuple[int, ...]:

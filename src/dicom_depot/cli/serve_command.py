@@ -29,7 +29,8 @@ from dicom_depot.web.context import WebContext
 _log = logging.getLogger(__name__)
 
 _STOP_SECONDS = 8
-"""How long a worker may take to end by itself, e.g. while a request to a destination hangs."""
+"""How long a worker may take to end by itself."""
+_LINGER_SECONDS = 1.0
 
 
 def serve(context: typer.Context) -> None:
@@ -75,6 +76,7 @@ def asgi_app() -> FastAPI:
             yield WebContext(settings, service.exports, service.index, service.store)
         finally:
             await run_in_threadpool(service.close)
+            _end_soon()
 
     return create_app(open_context)
 
@@ -126,3 +128,10 @@ def _end_with_parent() -> None:
         os._exit(1)  # what runs is durable; the next process goes on with it
 
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+
+
+def _end_soon() -> None:
+    """End this worker although a request to a destination hangs: Python would wait for its thread."""
+    timer = threading.Timer(_LINGER_SECONDS, os._exit, (0,))
+    timer.daemon = True
+    timer.start()
