@@ -71,7 +71,10 @@ class Settings(BaseSettings):
         default=False, description="Send Content-MD5 with each exported instance (slower, costs CPU)."
     )
     export_concurrency: int = Field(
-        default_factory=_default_concurrency, ge=1, le=1024, description="Instances copied at the same time."
+        default_factory=_default_concurrency,
+        ge=1,
+        le=1024,
+        description="Instances copied at the same time, at most; each export finds out how many make it faster.",
     )
     export_bytes_in_flight: int = Field(
         default=256 * _MIB,
@@ -97,7 +100,7 @@ class Settings(BaseSettings):
         le=30 * 86400,
         description="How long transient faults are retried without any success before the operation fails, in seconds.",
     )
-    chunk_instances: int = Field(default=2000, ge=1, le=100_000, description="Instances in one chunk of work, at most.")
+    chunk_instances: int = Field(default=5000, ge=1, le=100_000, description="Instances in one chunk of work, at most.")
     chunk_bytes: int = Field(
         default=512 * _MIB,
         ge=1,

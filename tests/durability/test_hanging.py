@@ -52,6 +52,20 @@ def test_an_export_whose_destination_is_in_trouble_does_not_hold_up_another(
     assert place.service.operation(stuck)["status"] == "running"
 
 
+def test_many_exports_in_trouble_do_not_hold_up_another(place: FaultsPlace) -> None:
+    stuck = []
+    for _ in range(10):
+        away = place.new_container()
+        place.add_rule(away, Respond(503), blob="*", when=lambda attempt: attempt.number > 2)
+        stuck.append(place.begin(away))
+    time.sleep(2)
+    present = place.new_container()
+    started = time.monotonic()
+    place.assert_whole(present, place.begin(present), place.sound)
+    assert time.monotonic() - started < 20
+    assert {place.service.operation(each)["status"] for each in stuck} == {"running"}
+
+
 @_TROUBLES
 @pytest.mark.parametrize("has_log", [False, True], ids=["nothing skipped", "with lines to log"])
 def test_a_cancellation_takes_seconds_whatever_the_destination_does(

@@ -119,12 +119,15 @@ class SqlIndex:
         with self._database.read() as connection:
             for batch in _batches(instance_ids):
                 numbers = ",".join(str(int(id_)) for id_ in batch)
+                # One row with all of them: between two rows the driver lets go of the interpreter, and while many
+                # threads copy, getting it back takes longer than reading the row.
                 rows = connection.exec_driver_sql(
-                    "SELECT i.id, t.study_uid, s.series_uid, i.sop_instance_uid, i.store_key, i.size, i.xxh3"
+                    "SELECT json_group_array(json_array("
+                    "i.id, t.study_uid, s.series_uid, i.sop_instance_uid, i.store_key, i.size, i.xxh3))"
                     " FROM instances i JOIN series s ON s.id = i.series_id JOIN studies t ON t.id = s.study_id"
                     f" WHERE i.id IN ({numbers})"
-                )
-                for id_, study, series_, sop, key, size, xxh3 in rows:
+                ).scalar_one()
+                for id_, study, series_, sop, key, size, xxh3 in json.loads(rows):
                     found[id_] = StoredObject(id_, study, series_, sop, key, size, xxh3 & _UINT64)
         return [found[id_] for id_ in instance_ids if id_ in found]
 

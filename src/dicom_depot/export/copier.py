@@ -11,7 +11,6 @@ import itertools
 import random
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from dicom_depot.domain.errors import Fault, FaultKind, SourceFault
 from dicom_depot.domain.export import ChunkOutcome, ExportFailure, instance_key
 from dicom_depot.domain.instance import StoredObject
 from dicom_depot.domain.operation import OperationId
+from dicom_depot.export.pace import Pace, Slots
 from dicom_depot.ports import BlobStore, Destination
 
 STREAM_BLOCK_BYTES = 4 * 1024 * 1024
@@ -31,40 +31,6 @@ _BACK_OFF_FIRST_SECONDS = 0.2
 _BACK_OFF_MAX_SECONDS = 15.0
 _STOP_GRACE_SECONDS = 1.5
 _TURN_SECONDS = 0.25
-
-
-class Slots:
-    """A counting semaphore that serves those who wait in their order, and tells whether there are any.
-
-    Several slots are taken at once: two that each held a part would wait for each other.
-    """
-
-    def __init__(self, count: int) -> None:
-        self._free = count
-        self._waiting: deque[tuple[int, threading.Event]] = deque()
-        self._changing = threading.Lock()
-
-    @property
-    def is_short(self) -> bool:
-        """Whether somebody waits for a slot now."""
-        return bool(self._waiting)
-
-    def take(self, count: int) -> None:
-        with self._changing:
-            if count <= self._free and not self._waiting:
-                self._free -= count
-                return
-            served = threading.Event()
-            self._waiting.append((count, served))
-        served.wait()
-
-    def give_back(self, count: int) -> None:
-        with self._changing:
-            self._free += count
-            while self._waiting and self._waiting[0][0] <= self._free:
-                taken, served = self._waiting.popleft()
-                self._free -= taken
-                served.set()
 
 
 class CopyPool:
@@ -94,6 +60,10 @@ class CopyPool:
         """The slots that one export may take."""
         return Slots(self._share)
 
+    def pace(self) -> Pace:
+        """How many copies one export runs at once."""
+        return Pace(self._share)
+
     def slots_for(self, size: int) -> int:
         """How many slots a copy of `size` bytes takes."""
         return min(self._share, max(1, -(-size // self._slot_bytes)))
@@ -113,6 +83,7 @@ class ExportWatch:
 
     retry_seconds: float
     slots: Slots
+    pace: Pace
     stop: threading.Event = field(default_factory=threading.Event)
     trouble_since: float | None = None
     finding_out: threading.Lock = field(default_factory=threading.Lock)
@@ -146,16 +117,19 @@ class _Hold:
     they are given back once the lane's turn is over.
     """
 
-    def __init__(self, pool: CopyPool, own: Slots) -> None:
-        self._both = (own, pool.slots)
+    def __init__(self, pool: CopyPool, watch: ExportWatch) -> None:
+        self._places = watch.pace.places
+        self._both = (watch.slots, pool.slots)
         self._held = 0
         self._turn_ends = 0.0
 
     def take(self, count: int) -> None:
         own, shared = self._both
-        if self._held == count and not (shared.is_short and time.monotonic() >= self._turn_ends):
+        must_yield = self._places.is_over or (shared.is_short and time.monotonic() >= self._turn_ends)
+        if self._held == count and not must_yield:
             return
         self.give_back()
+        self._places.take(1)
         own.take(count)
         shared.take(count)
         self._held = count
@@ -166,6 +140,7 @@ class _Hold:
         if held:
             for slots in self._both:
                 slots.give_back(held)
+            self._places.give_back(1)
 
 
 @dataclass(slots=True)
@@ -248,7 +223,7 @@ def _lane(chunk: _Chunk) -> None:
     """Copy one instance after the other until the chunk is used up or must stop."""
     objects, stop = chunk.objects, chunk.watch.stop
     done, failures = chunk.done, chunk.failures  # a lane left behind goes on with these, which nobody reads then
-    hold = _Hold(chunk.pool, chunk.watch.slots)
+    hold = _Hold(chunk.pool, chunk.watch)
     try:
         for position in chunk.next_position:
             if position >= len(objects) or stop.is_set() or chunk.fatal:
@@ -287,10 +262,12 @@ def _copy_with_retries(chunk: _Chunk, stored: StoredObject, hold: _Hold) -> bool
                 watch.trouble_since = None  # whoever refuses is there
                 raise
             failed = fault
+            watch.pace.failed()
         except _Stopped:
             return False
         else:
             watch.trouble_since = None
+            watch.pace.copied(stored.size)
             return True
         finally:
             if is_in_trouble:

@@ -39,8 +39,8 @@ _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 WATCH_SECONDS = 0.5
-LAST_LOG_SECONDS = 2.0
-"""How long the last write of its log may hold up an operation that failed or was canceled."""
+LAST_LOG_SECONDS = {OperationStatus.CANCELING: 2.0, OperationStatus.FAILING: 30.0}
+"""How long the last write of its log may hold up an operation that was canceled or failed."""
 _OWN_TROUBLE_PAUSE_SECONDS = 5.0
 
 
@@ -210,13 +210,14 @@ class ExportRunner:
                 written.set_result(None)
 
         threading.Thread(target=write, name="last-log", daemon=True).start()
-        give_up_at = None
+        stopped_at = None
         while not wait([written], timeout=0.1).done:
             if self._closed.is_set():
                 raise Interrupted
             if opened.watch.stop.is_set():
-                give_up_at = give_up_at or time.monotonic() + LAST_LOG_SECONDS
-                if time.monotonic() > give_up_at:
+                stopped_at = stopped_at or time.monotonic()
+                seconds = LAST_LOG_SECONDS.get(self._operations.get(operation_id).status, 0.0)
+                if time.monotonic() > stopped_at + seconds:
                     _log.warning("operation %s ends without its complete error log", operation_id)
                     return
         written.result()
@@ -247,7 +248,8 @@ class ExportRunner:
             if opened is None:
                 destination = self._destinations.open(self._destination_spec(operation_id))
                 log = ErrorLog(self._operations, operation_id, destination)
-                opened = _OpenExport(destination, ExportWatch(self._retry_seconds, self._pool.share()), log)
+                watch = ExportWatch(self._retry_seconds, self._pool.share(), self._pool.pace())
+                opened = _OpenExport(destination, watch, log)
                 self._open[operation_id] = opened
             return opened
 

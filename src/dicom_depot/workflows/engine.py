@@ -40,12 +40,13 @@ CHUNKS_OF_ONE_OPERATION = 3
 """Chunks of one operation that run at the same time in a process: one drains while the next one fills the threads. A
 third one stands ready: to a near destination a chunk is copied as fast as the next one is claimed and looked up.
 """
-CHUNKS_IN_ALL = 16
+CHUNKS_IN_ALL = 64
+"""Many: an export that waits for its destination keeps its chunks, which sleep then and must not hold up others."""
 WINDOW = 2 * CHUNKS_OF_ONE_OPERATION
 
 _QUEUE = "export-chunks"
-_POLLING_SECONDS = 0.1
-"""A look costs 2 ms of CPU, also when there is nothing to do; a shorter time only lets a small export begin earlier."""
+_POLLING_SECONDS = 0.2
+"""A look costs 2 ms of CPU, more while much is copied; a shorter time only lets a small export begin earlier."""
 _MAINTENANCE_SECONDS = 60.0
 _SECOND_LOOK_SECONDS = 5.0
 """How soon after its start the engine looks whether what it resumed did what it was resumed for."""
