@@ -6,6 +6,8 @@ A setting comes from, in this order: a command line flag, the environment (`DICO
 
 from __future__ import annotations
 
+import base64
+import binascii
 import os
 import tomllib
 from ipaddress import ip_network
@@ -22,6 +24,7 @@ PREFIX = "DICOM_DEPOT_"
 CONFIG_VARIABLE = PREFIX + "CONFIG"
 
 _MIB = 1024 * 1024
+_SECRET_KEY_BYTES = 32
 
 CLOUD_SUFFIXES = (
     ".blob.core.windows.net",
@@ -82,7 +85,10 @@ class Settings(BaseSettings):
         default=False, description="Send Content-MD5 with each exported instance (slower, costs CPU)."
     )
     export_concurrency: int = Field(
-        default_factory=_default_concurrency, ge=1, le=1024, description="Instances copied at the same time."
+        default_factory=_default_concurrency,
+        ge=1,
+        le=1024,
+        description="Instances copied at the same time, at most; each export finds out how many make it faster.",
     )
     export_bytes_in_flight: int = Field(
         default=256 * _MIB,
@@ -108,7 +114,7 @@ class Settings(BaseSettings):
         le=30 * 86400,
         description="How long transient faults are retried without any success before the operation fails, in seconds.",
     )
-    chunk_instances: int = Field(default=2000, ge=1, le=100_000, description="Instances in one chunk of work, at most.")
+    chunk_instances: int = Field(default=5000, ge=1, le=100_000, description="Instances in one chunk of work, at most.")
     chunk_bytes: int = Field(
         default=512 * _MIB,
         ge=1,
@@ -215,6 +221,21 @@ class Settings(BaseSettings):
     def _split_list(cls, value: Any) -> Any:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
+    @field_validator("secret_keys")
+    @classmethod
+    def _keys(cls, value: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
+        for number, key in enumerate(value, 1):
+            try:
+                size = len(base64.b64decode(key.get_secret_value(), validate=True))
+            except (binascii.Error, ValueError):
+                size = 0
+            if size != _SECRET_KEY_BYTES:
+                raise ValueError(
+                    f"key {number} is not base64 of {_SECRET_KEY_BYTES} bytes; "
+                    "make one with: head -c 32 /dev/urandom | base64"
+                )
+        return value
+
     @field_validator("log_level", mode="before")
     @classmethod
     def _upper(cls, value: Any) -> Any:
@@ -225,19 +246,18 @@ class Settings(BaseSettings):
     def _http_url(cls, value: str | None) -> str | None:
         if value is None:
             return None
-        parts = urlsplit(value)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-            raise ValueError("it must look like https://host[:port][/path]")
-        return value.rstrip("/")
+        try:
+            return _http_address(value)
+        except ValueError:
+            raise ValueError("it must look like https://host[:port][/path]") from None
 
     @field_validator("export_allowed_endpoints")
     @classmethod
     def _endpoints(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for endpoint in value:
-            parts = urlsplit(endpoint)
-            if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.username:
-                raise ValueError("each must look like http://host[:port][/account]")
-        return tuple(endpoint.rstrip("/") for endpoint in value)
+        try:
+            return tuple(_http_address(endpoint) for endpoint in value)
+        except ValueError:
+            raise ValueError("each must look like http://host[:port][/account]") from None
 
     @field_validator("database_url")
     @classmethod
@@ -328,6 +348,17 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return (init_settings, env_settings)
+
+
+def _http_address(text: str) -> str:
+    """Scheme and host in lower case, port and path as given, no slash at the end. Raises ValueError."""
+    parts = urlsplit(text)
+    host = parts.hostname
+    if parts.scheme not in ("http", "https") or not host or "@" in parts.netloc or any(mark in text for mark in "?#\\"):
+        raise ValueError
+    address = f"[{host}]" if ":" in host else host
+    port = "" if parts.port is None else f":{parts.port}"
+    return f"{parts.scheme}://{address}{port}{parts.path}".rstrip("/")
 
 
 Source = Literal["flag", "environment", "file", "default"]

@@ -51,8 +51,11 @@ class BlobStore(Protocol):
         """Return once these objects would survive a power cut. Idempotent; after an error they must be put again."""
         ...
 
-    def read(self, key: str) -> bytes:
-        """The object's bytes. Raises SourceFault: INSTANCE when the object is gone, TRANSIENT when the store is."""
+    def read(self, key: str, size: int | None = None) -> bytes:
+        """The object's bytes, all of them. `size` is how many the caller expects: a hint that may be wrong.
+
+        Raises SourceFault: INSTANCE when the object is gone, TRANSIENT when the store is.
+        """
         ...
 
     def stream(self, key: str, block_bytes: int) -> Iterator[bytes]:

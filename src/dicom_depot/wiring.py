@@ -8,6 +8,7 @@ import logging
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -223,6 +224,31 @@ def prepare_import(settings: Settings) -> Callable[[], tuple[BlobStore, Instance
     prepare_data_folder(settings)
     _open_database(settings).close()
     return functools.partial(open_stores, settings)
+
+
+@contextmanager
+def open_for_check(settings: Settings, *, exclusive: bool) -> Iterator[tuple[BlobStore, InstanceIndex]]:
+    """The store and the index of a data folder that exists already; nothing is created.
+
+    exclusive: no service may have the data folder meanwhile. Raises ConfigurationError when one has it, or when there
+    is no database.
+    """
+    if not settings.database_path.is_file():
+        raise ConfigurationError(
+            f"There is no database at {settings.database_path}. Does DICOM_DEPOT_DATA_DIR name the right folder?"
+        )
+    lock = FolderLock(settings.data_dir)
+    if exclusive:
+        lock.acquire()
+    try:
+        database = _open_database(settings)
+        try:
+            index = SqlIndex(database)
+            yield _open_store(settings, index), index
+        finally:
+            database.close()
+    finally:
+        lock.release()
 
 
 def prepare_data_folder(settings: Settings) -> None:

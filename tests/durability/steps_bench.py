@@ -70,6 +70,7 @@ class _Destinations(Destinations):
 class Process:
     """What a process builds on the data folder, as `wiring` does; here without DBOS."""
 
+    archive: Archive
     database: Database
     index: InstanceIndex
     operations: OperationStore
@@ -148,7 +149,7 @@ class Bench:
             hold_sweeps=upkeep.held,
         )
         try:
-            yield Process(database, index, operations, store, runner, engine, exports, resumes, upkeep)
+            yield Process(self.archive, database, index, operations, store, runner, engine, exports, resumes, upkeep)
         finally:
             runner.close()
             database.close()
@@ -156,10 +157,7 @@ class Bench:
     def start(self, *identifiers: str) -> OperationId:
         """Record an operation. Nothing of it runs before the engine does."""
         with self.process() as process:
-            specification = ExportSpecification(
-                tuple(map(parse_identifier, identifiers)), DestinationSpec("file", {"folder": ""})
-            )
-            return process.exports.start(specification).id
+            return process.exports.start(specification(*identifiers)).id
 
     def run(self, faults: FaultPlan | None = None, processes_max: int = 5) -> int:
         """Run everything to its end, in a new process after each death; returns how many it took.
@@ -187,6 +185,10 @@ class Bench:
         return End(
             operation.status.value, counters(operation), operation.error.code if operation.error else None, tree, log
         )
+
+
+def specification(*identifiers: str) -> ExportSpecification:
+    return ExportSpecification(tuple(map(parse_identifier, identifiers)), DestinationSpec("file", {"folder": ""}))
 
 
 def counters(operation: Operation) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -30,7 +31,7 @@ class Archive:
     def identifiers(self) -> list[str]:
         return list(self.contents)
 
-    @property
+    @functools.cached_property
     def settings(self) -> Settings:
         return Settings(data_dir=self.data_dir)
 

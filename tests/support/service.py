@@ -69,6 +69,11 @@ class RunningService:
 
     def start(self) -> None:
         """Start, and return once the service answers."""
+        self.launch()
+        self.wait_until_answering()
+
+    def launch(self) -> None:
+        """Start, and return at once."""
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "dicom_depot", "serve"],
@@ -77,13 +82,17 @@ class RunningService:
                 stdout=log,
                 stderr=log,
             )
+
+    def wait_until_answering(self) -> RunningService:
+        """Return once the service answers, at its start or with a new worker."""
+        assert self.process is not None
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
                 break
             try:
                 if httpx.get(f"{self.url}/health/check", timeout=2, verify=self.verify).status_code == 200:
-                    return
+                    return self
             except httpx.TransportError:
                 time.sleep(0.05)
         raise RuntimeError(f"the service did not start; its log:\n{self.log_path.read_text()[-4000:]}")
@@ -121,6 +130,13 @@ class RunningService:
 
     def export(self, body: Mapping[str, Any], version: str = "v2", **arguments: Any) -> httpx.Response:
         return httpx.post(f"{self.url}/{version}/export", json=body, timeout=60, **arguments)
+
+    def begin(self, destination: Mapping[str, Any], *identifiers: str) -> str:
+        """Start an export that must not be refused, and return its operation's id."""
+        answer = self.export(export_body(destination, *identifiers))
+        if answer.status_code != 202:
+            raise RuntimeError(f"the export was refused: {answer.text}")
+        return str(answer.json()["id"])
 
     def operation(self, operation_id: str, version: str = "v2") -> dict[str, Any]:
         answer = httpx.get(f"{self.url}/{version}/operations/{operation_id}", timeout=30)

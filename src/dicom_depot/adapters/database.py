@@ -7,6 +7,7 @@ beside the service).
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ class Database:
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))  # it holds patients' names
         self.path = path
         self.engine = sa.create_engine(
             sa.URL.create("sqlite", database=str(path)),
@@ -116,10 +118,14 @@ def _translated() -> Iterator[None]:
     """Name the two faults of a database that a caller can do something about."""
     try:
         yield
-    except sa.exc.OperationalError as error:
+    except sa.exc.DatabaseError as error:
         reason = str(error.orig)
         if "full" in reason:
             raise StorageFull("The disk that holds the database is full; free space and try again.") from error
         if "locked" in reason or "busy" in reason:
             raise ServiceUnavailable("The database is busy; try again later.") from error
+        if "not a database" in reason or "malformed" in reason:
+            raise ConfigurationError(
+                "The database file is damaged or not a database of this service. Restore it from a backup."
+            ) from error
         raise

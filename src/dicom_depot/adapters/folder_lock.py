@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import multiprocessing
 import os
 import time
 from pathlib import Path
@@ -38,8 +39,10 @@ class FolderLock:
                         "send requests to it instead, or choose another folder with DICOM_DEPOT_DATA_DIR."
                     ) from None
                 time.sleep(0.1)
+        # A server worker's parent would only replace it: the parent is the process to stop.
+        parent = multiprocessing.parent_process()
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+        os.pwrite(descriptor, str(os.getpid() if parent is None else parent.pid).encode(), 0)
         self._descriptor = descriptor
 
     def release(self) -> None:

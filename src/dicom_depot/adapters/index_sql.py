@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
@@ -104,7 +105,7 @@ class SqlIndex:
                     case _:
                         series_ids.extend(_series_ids(connection, batch))
             if single:
-                return SelectionPage(single, None)
+                return _page_of(single, after, limit)
             return _select_series(connection, sorted(series_ids), cutoff, after, limit)
 
     def totals(self, cutoff: int) -> tuple[int, int]:
@@ -119,12 +120,15 @@ class SqlIndex:
         with self._database.read() as connection:
             for batch in _batches(instance_ids):
                 numbers = ",".join(str(int(id_)) for id_ in batch)
+                # One row with all of them: between two rows the driver lets go of the interpreter, and while many
+                # threads copy, getting it back takes longer than reading the row.
                 rows = connection.exec_driver_sql(
-                    "SELECT i.id, t.study_uid, s.series_uid, i.sop_instance_uid, i.store_key, i.size, i.xxh3"
+                    "SELECT json_group_array(json_array("
+                    "i.id, t.study_uid, s.series_uid, i.sop_instance_uid, i.store_key, i.size, i.xxh3))"
                     " FROM instances i JOIN series s ON s.id = i.series_id JOIN studies t ON t.id = s.study_id"
                     f" WHERE i.id IN ({numbers})"
-                )
-                for id_, study, series_, sop, key, size, xxh3 in rows:
+                ).scalar_one()
+                for id_, study, series_, sop, key, size, xxh3 in json.loads(rows):
                     found[id_] = StoredObject(id_, study, series_, sop, key, size, xxh3 & _UINT64)
         return [found[id_] for id_ in instance_ids if id_ in found]
 
@@ -200,8 +204,11 @@ def _visible(cutoff: int) -> sa.ColumnElement[bool]:
 
 
 def _wanted(refs: Sequence[Ref]) -> sa.CTE:
-    """The identifiers as a table to join with."""
-    columns = ("study_uid", "series_uid", "sop_instance_uid")
+    """The identifiers, all of one kind, as a table to join with.
+
+    They travel as one JSON parameter: a statement with a parameter for each is compiled anew each time, which takes
+    several times as long as running it.
+    """
     rows: list[tuple[str, ...]] = []
     for ref in refs:
         match ref:
@@ -211,8 +218,12 @@ def _wanted(refs: Sequence[Ref]) -> sa.CTE:
                 rows.append((study, series_))
             case InstanceRef(study, series_, sop):
                 rows.append((study, series_, sop))
-    width = len(rows[0])
-    return sa.values(*(sa.column(name, sa.String) for name in columns[:width]), name="wanted").data(rows).cte("wanted")
+    row = sa.func.json_each(json.dumps(rows)).table_valued("value")
+    columns = ("study_uid", "series_uid", "sop_instance_uid")[: len(rows[0])]
+    parts = [
+        sa.func.json_extract(row.c.value, f"$[{n}]", type_=sa.String).label(name) for n, name in enumerate(columns)
+    ]
+    return sa.select(*parts).select_from(row).cte("wanted")
 
 
 def _find(connection: sa.Connection, refs: Sequence[InstanceRef]) -> dict[InstanceRef, KnownInstance]:
@@ -393,6 +404,14 @@ def _select_instances(connection: sa.Connection, refs: Sequence[Ref], cutoff: in
     return (PlannedInstance(id_, size) for id_, size in rows)
 
 
+def _page_of(instances_: list[PlannedInstance], after: Cursor | None, limit: int) -> SelectionPage:
+    """A page, by internal id, of a selection that was read as a whole: listed instances are few at a time."""
+    start = after[0] if after else 0
+    rest = sorted(instance for instance in instances_ if instance.instance_id > start)
+    page = rest[:limit]
+    return SelectionPage(page, (page[-1].instance_id, "") if len(rest) > limit else None)
+
+
 def _select_series(
     connection: sa.Connection, series_ids: list[int], cutoff: int, after: Cursor | None, limit: int
 ) -> SelectionPage:
@@ -402,12 +421,11 @@ def _select_series(
     for series_id in series_ids[bisect_left(series_ids, start_series) :]:
         rows = connection.exec_driver_sql(
             "SELECT id, size, sop_instance_uid FROM instances"
-            f" WHERE series_id = {series_id:d} AND sop_instance_uid > ? AND created_sequence <= {cutoff:d}"
-            f" AND (deleted_sequence = 0 OR deleted_sequence > {cutoff:d})"
-            f" ORDER BY sop_instance_uid LIMIT {limit - len(chosen):d}",
-            (start_sop if series_id == start_series else "",),
+            " WHERE series_id = ? AND sop_instance_uid > ? AND created_sequence <= ?"
+            " AND (deleted_sequence = 0 OR deleted_sequence > ?) ORDER BY sop_instance_uid LIMIT ?",
+            (series_id, start_sop if series_id == start_series else "", cutoff, cutoff, limit - len(chosen)),
         ).all()
-        chosen.extend(PlannedInstance(row[0], row[1]) for row in rows)
+        chosen += [PlannedInstance(id_, size) for id_, size, _ in rows]
         if len(chosen) >= limit:
             return SelectionPage(chosen, (series_id, rows[-1][2]))
     return SelectionPage(chosen, None)

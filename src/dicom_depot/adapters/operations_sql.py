@@ -38,6 +38,7 @@ from dicom_depot.domain.operation import (
 from dicom_depot.ports import ChunkPosition, LogState, NewOperation, OperationLimits
 
 _PLANNED, _RUNNING, _STOPPED, _DONE = CHUNK_STATUSES
+_NUMBER_MAX = (1 << 63) - 1
 
 
 class SqlOperations:
@@ -192,33 +193,15 @@ class SqlOperations:
             return True
 
     def runnable(self, operation_id: OperationId, window: int, first: int = 0, last: int | None = None) -> list[int]:
-        earlier = chunks.alias("earlier")
-        statement = (
-            sa.select(chunks.c.number)
-            .outerjoin(
-                earlier,
-                (earlier.c.operation_id == chunks.c.operation_id) & (earlier.c.number == chunks.c.number - window),
-            )
-            .where(
-                chunks.c.operation_id == operation_id,
-                chunks.c.status.in_((_PLANNED, _RUNNING)),
-                chunks.c.number >= first,
-                (chunks.c.number < window) | (earlier.c.status == _DONE),
-            )
-            .order_by(chunks.c.number)
-        )
-        if last is not None:
-            statement = statement.where(chunks.c.number <= last)
+        values = {"id": operation_id, "window": window, "first": first, "last": _NUMBER_MAX if last is None else last}
         with self._database.read() as connection:
-            return list(connection.execute(statement).scalars())
+            return list(connection.execute(_RUNNABLE, values).scalars())
 
     def claim_chunk(self, operation_id: OperationId, generation: int, number: int) -> ClaimedChunk | None:
         this = (chunks.c.operation_id == operation_id) & (chunks.c.number == number)
         with self._database.write() as connection:
             row = connection.execute(
-                sa.select(chunks.c.status, chunks.c.attempt, chunks.c.instance_ids, operations.c.status)
-                .join(operations, operations.c.id == chunks.c.operation_id)
-                .where(this, operations.c.generation == generation)
+                _CLAIMABLE, {"id": operation_id, "generation": generation, "number": number}
             ).one_or_none()
             if row is None or row[0] in (_DONE, _STOPPED):
                 return None
@@ -288,15 +271,16 @@ class SqlOperations:
             return _get(connection, operation_id)
 
     def statuses(self, operation_ids: Sequence[OperationId]) -> dict[OperationId, OperationStatus]:
-        statement = sa.select(operations.c.id, operations.c.status).where(operations.c.id.in_(operation_ids))
         with self._database.read() as connection:
-            return {OperationId(id_): OperationStatus(status) for id_, status in connection.execute(statement)}
+            rows = connection.execute(_STATUSES, {"ids": operation_ids})
+            return {OperationId(id_): OperationStatus(status) for id_, status in rows}
 
     def is_settled(self, operation_id: OperationId) -> bool:
         with self._database.read() as connection:
-            status, is_planned = connection.execute(
-                sa.select(operations.c.status, operations.c.is_planned).where(operations.c.id == operation_id)
-            ).one()
+            row = connection.execute(_STATUS_AND_PLAN, {"id": operation_id}).one_or_none()
+            if row is None:
+                raise unknown_operation(operation_id)
+            status, is_planned = row
             match OperationStatus(status):
                 case OperationStatus.RUNNING if is_planned:
                     open_states: tuple[str, ...] = (_PLANNED, _RUNNING, _STOPPED)
@@ -304,8 +288,7 @@ class SqlOperations:
                     open_states = (_RUNNING,)
                 case _:
                     return False
-            in_flight = sa.exists().where(chunks.c.operation_id == operation_id, chunks.c.status.in_(open_states))
-            return not connection.execute(sa.select(in_flight)).scalar_one()
+            return not connection.execute(_IN_FLIGHT, {"id": operation_id, "states": open_states}).scalar_one()
 
     def failures(
         self, operation_id: OperationId, after: tuple[int, int], limit: int
@@ -336,7 +319,7 @@ class SqlOperations:
     def log_state(self, operation_id: OperationId) -> LogState:
         columns = operations.c
         with self._database.read() as connection:
-            etag, lines, size, written_at, failures = connection.execute(
+            row = connection.execute(
                 sa.select(
                     columns.log_etag,
                     columns.log_lines,
@@ -344,7 +327,10 @@ class SqlOperations:
                     columns.log_written_at,
                     columns.skipped,
                 ).where(columns.id == operation_id)
-            ).one()
+            ).one_or_none()
+        if row is None:
+            raise unknown_operation(operation_id)
+        etag, lines, size, written_at, failures = row
         return LogState(etag, lines, size, written_at.replace(tzinfo=UTC), failures)
 
     def save_log_state(self, operation_id: OperationId, etag: str | None, lines: int, size: int) -> None:
@@ -427,6 +413,44 @@ _OPERATION_COLUMNS = (
     operations.c.generation,
 )
 
+_earlier = chunks.alias("earlier")
+_id: sa.BindParameter[str] = sa.bindparam("id", type_=sa.String)
+
+# The statements of every chunk and of every look at an operation are built once: SQLAlchemy needs longer to build one
+# than SQLite to answer it, and meanwhile the interpreter copies nothing.
+_OPERATION = sa.select(*_OPERATION_COLUMNS).where(operations.c.id == _id)
+_STATUS_AND_PLAN = sa.select(operations.c.status, operations.c.is_planned).where(operations.c.id == _id)
+_STATUSES = sa.select(operations.c.id, operations.c.status).where(
+    operations.c.id.in_(sa.bindparam("ids", expanding=True))
+)
+_IN_FLIGHT = sa.select(
+    sa.exists().where(chunks.c.operation_id == _id, chunks.c.status.in_(sa.bindparam("states", expanding=True)))
+)
+_CLAIMABLE = (
+    sa.select(chunks.c.status, chunks.c.attempt, chunks.c.instance_ids, operations.c.status)
+    .join(operations, operations.c.id == chunks.c.operation_id)
+    .where(
+        chunks.c.operation_id == _id,
+        chunks.c.number == sa.bindparam("number"),
+        operations.c.generation == sa.bindparam("generation"),
+    )
+)
+_RUNNABLE = (
+    sa.select(chunks.c.number)
+    .outerjoin(
+        _earlier,
+        (_earlier.c.operation_id == chunks.c.operation_id)
+        & (_earlier.c.number == chunks.c.number - sa.bindparam("window")),
+    )
+    .where(
+        chunks.c.operation_id == _id,
+        chunks.c.status.in_((_PLANNED, _RUNNING)),
+        chunks.c.number.between(sa.bindparam("first"), sa.bindparam("last")),
+        (chunks.c.number < sa.bindparam("window")) | (_earlier.c.status == _DONE),
+    )
+    .order_by(chunks.c.number)
+)
+
 
 def _operation(row: Any) -> Operation:
     return Operation(
@@ -451,7 +475,7 @@ def _operation(row: Any) -> Operation:
 
 
 def _get(connection: sa.Connection, operation_id: OperationId) -> Operation:
-    row = connection.execute(sa.select(*_OPERATION_COLUMNS).where(operations.c.id == operation_id)).one_or_none()
+    row = connection.execute(_OPERATION, {"id": operation_id}).one_or_none()
     if row is None:
         raise unknown_operation(operation_id)
     return _operation(row)

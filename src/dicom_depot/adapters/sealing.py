@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import hashlib
 import os
 from collections.abc import Sequence
@@ -52,11 +53,8 @@ def parse_keys(texts: Sequence[str]) -> list[bytes]:
     """Keys from the settings, each base64 of 32 bytes. Raises ConfigurationError, without the value."""
     keys = []
     for number, text in enumerate(texts, 1):
-        try:
-            key = base64.b64decode(text, validate=True)
-        except binascii.Error:
-            key = b""
-        if len(key) != _KEY_BYTES:
+        key = _decoded(text)
+        if key is None:
             raise ConfigurationError(
                 f"DICOM_DEPOT_SECRET_KEYS: key {number} is not base64 of {_KEY_BYTES} bytes. "
                 "Make one with: head -c 32 /dev/urandom | base64"
@@ -70,18 +68,45 @@ def key_file(path: Path) -> bytes:
 
     Raises ConfigurationError when others can read the file or its content is not a key.
     """
+    if not path.exists():
+        _make_key_file(path)
+    if path.stat().st_mode & 0o077:
+        raise ConfigurationError(f"The key file {path} can be read by others. Run: chmod 600 {path}")
+    key = _decoded(path.read_text(encoding="ascii", errors="replace").strip())
+    if key is None:
+        raise ConfigurationError(
+            f"The key file {path} does not hold base64 of {_KEY_BYTES} bytes. Put the right one back; without it, the "
+            "exports that run with a secret cannot go on. Removing the file makes a new key at the next start."
+        )
+    return key
+
+
+def _make_key_file(path: Path) -> None:
+    """Whole or not at all, whenever the process dies; of several that make it at once the first wins."""
+    temporary = path.with_name(f".{path.name}.{os.urandom(8).hex()}")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        pass
-    else:
         with os.fdopen(descriptor, "wb") as file:
             file.write(base64.b64encode(os.urandom(_KEY_BYTES)) + b"\n")
             file.flush()
             os.fsync(file.fileno())
-    if path.stat().st_mode & 0o077:
-        raise ConfigurationError(f"The key file {path} can be read by others. Run: chmod 600 {path}")
-    return parse_keys([path.read_text(encoding="ascii", errors="replace").strip()])[0]
+        with contextlib.suppress(FileExistsError):
+            os.link(temporary, path)
+    finally:
+        temporary.unlink()
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _decoded(text: str) -> bytes | None:
+    try:
+        key = base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):  # ValueError: letters beyond ASCII
+        return None
+    return key if len(key) == _KEY_BYTES else None
 
 
 def _key_id(key: bytes) -> str:

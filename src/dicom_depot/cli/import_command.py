@@ -43,7 +43,7 @@ _REASONS_COUNTED_MAX = 1000
 
 def import_files(
     context: typer.Context,
-    paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Folders, files and zip archives to import.")],
+    paths: Annotated[list[Path], typer.Argument(metavar="PATH", help="Folders, files and zip archives to import.")],
     errors: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Write one JSON line for each file that was not stored, as it occurs."),

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import multiprocessing
 import os
 import socket
 import threading
-import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -23,11 +24,16 @@ from dicom_depot.adapters.folder_lock import FolderLock
 from dicom_depot.cli.common import ExitCode, err, explained_errors, fail, load_settings
 from dicom_depot.cli.serve_checks import check_exposure, check_tls
 from dicom_depot.config import CONFIG_VARIABLE, PREFIX, Settings
+from dicom_depot.domain.errors import DepotError
 from dicom_depot.telemetry import set_up_logging
 from dicom_depot.web.app import create_app
 from dicom_depot.web.context import WebContext
 
-_PARENT_CHECK_SECONDS = 0.5
+_log = logging.getLogger(__name__)
+
+_STOP_SECONDS = 8
+"""How long a worker may take to end by itself."""
+_LINGER_SECONDS = 1.0
 
 
 def serve(context: typer.Context) -> None:
@@ -60,6 +66,7 @@ def serve(context: typer.Context) -> None:
         ssl_key=settings.tls_key,
         ssl_protocol_min=SSLProtocols.tls12,
         respawn_failed_workers=True,
+        workers_kill_timeout=_STOP_SECONDS,
         log_enabled=settings.log_level == "DEBUG",
     ).serve()
 
@@ -72,7 +79,14 @@ def asgi_app() -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def open_context() -> AsyncIterator[WebContext]:
-        service = await run_in_threadpool(wiring.open_service, settings)
+        try:
+            service = await run_in_threadpool(wiring.open_service, settings)
+        except DepotError as error:
+            _log.error("the service cannot start: %s", error.message)  # granian says nothing of what ends a worker
+            raise
+        except Exception:
+            _log.exception("the service cannot start")
+            raise
         try:
             yield WebContext(
                 settings,
@@ -86,6 +100,7 @@ def asgi_app() -> FastAPI:
             )
         finally:
             await run_in_threadpool(service.close)
+            _end_soon()
 
     return create_app(open_context, settings)
 
@@ -130,12 +145,19 @@ def _export_flags(context: typer.Context, port: int) -> None:
 
 
 def _end_with_parent() -> None:
-    """End this worker soon after its parent died: nobody would supervise it, and it holds port and data folder."""
-    parent = os.getppid()
+    """End this worker as soon as its parent died: nobody would supervise it, and it holds port and data folder."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
 
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(_PARENT_CHECK_SECONDS)
+        parent.join()  # returns at once for a parent that is dead already
         os._exit(1)  # what runs is durable; the next process goes on with it
 
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+
+
+def _end_soon() -> None:
+    """End this worker although a request to a destination hangs: Python would wait for its thread."""
+    timer = threading.Timer(_LINGER_SECONDS, os._exit, (0,))
+    timer.daemon = True
+    timer.start()

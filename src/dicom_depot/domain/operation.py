@@ -128,6 +128,6 @@ def new_operation_id() -> OperationId:
 def parse_operation_id(text: str) -> OperationId | None:
     """Read any usual text form of a GUID; None when it is none."""
     try:
-        return OperationId(uuid.UUID(text).hex)
+        return OperationId(uuid.UUID(text.strip("()")).hex)
     except ValueError:
         return None

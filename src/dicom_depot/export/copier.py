@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from queue import SimpleQueue
 
 from xxhash import xxh3_64, xxh3_64_intdigest
 
@@ -23,13 +22,15 @@ from dicom_depot.domain.errors import Fault, FaultKind, SourceFault
 from dicom_depot.domain.export import ChunkOutcome, ExportFailure, instance_key
 from dicom_depot.domain.instance import StoredObject
 from dicom_depot.domain.operation import OperationId
+from dicom_depot.export.pace import Pace, Slots
 from dicom_depot.ports import BlobStore, Destination
 
 STREAM_BLOCK_BYTES = 4 * 1024 * 1024
 
 _BACK_OFF_FIRST_SECONDS = 0.2
 _BACK_OFF_MAX_SECONDS = 15.0
-_STOP_GRACE_SECONDS = 2.0
+_STOP_GRACE_SECONDS = 1.5
+_TURN_SECONDS = 0.25
 
 
 class CopyPool:
@@ -39,37 +40,33 @@ class CopyPool:
     stream_bytes: an instance larger than this is streamed, and counted with this many bytes.
     chunks: chunks that may run at the same time.
 
-    There are `concurrency` slots, each good for its share of the bytes; a large instance takes several. A copy holds
-    slots only while it moves bytes: an export that waits for its destination to come back does not hold up another.
+    There are `concurrency` slots, each good for its share of the bytes; a large instance takes several. A copy that
+    waits for its destination to come back holds none. One whose request hangs does; therefore no export gets all of
+    them: an eighth is left for the others.
     """
 
     def __init__(self, concurrency: int, bytes_in_flight: int, stream_bytes: int, chunks: int) -> None:
         self.concurrency = concurrency
         self.stream_bytes = stream_bytes
+        self.slots = Slots(concurrency)
         self._slot_bytes = max(1, bytes_in_flight // concurrency)
-        self._slots: SimpleQueue[None] = SimpleQueue()
-        for _ in range(concurrency):
-            self._slots.put(None)
-        self._taking_several = threading.Lock()
+        self._share = concurrency - (max(1, concurrency // 8) if concurrency >= 4 else 0)
         self._executor = ThreadPoolExecutor(concurrency * chunks, thread_name_prefix="copy")
 
     def submit(self, lane: Callable[[], None]) -> Future[None]:
         return self._executor.submit(lane)
 
-    def take(self, size: int) -> int:
-        """Wait for room for `size` bytes; returns the number of slots, to be given back."""
-        if size <= self._slot_bytes:
-            self._slots.get()
-            return 1
-        count = min(self.concurrency, -(-size // self._slot_bytes))
-        with self._taking_several:  # two that each hold a part would wait for each other
-            for _ in range(count):
-                self._slots.get()
-        return count
+    def share(self) -> Slots:
+        """The slots that one export may take."""
+        return Slots(self._share)
 
-    def give_back(self, count: int) -> None:
-        for _ in range(count):
-            self._slots.put(None)
+    def pace(self) -> Pace:
+        """How many copies one export runs at once."""
+        return Pace(self._share)
+
+    def slots_for(self, size: int) -> int:
+        """How many slots a copy of `size` bytes takes."""
+        return min(self._share, max(1, -(-size // self._slot_bytes)))
 
     def close(self) -> None:
         self._executor.shutdown(wait=False, cancel_futures=True)
@@ -77,21 +74,30 @@ class CopyPool:
 
 @dataclass(slots=True)
 class ExportWatch:
-    """What the chunks of one operation share in a process: the order to stop, and when something last succeeded.
+    """What the chunks of one operation share in a process: the order to stop, its slots, and how its copies fare.
 
-    Transient faults are retried until nothing has succeeded for `retry_seconds`.
+    `trouble_since` is the time of the first transient fault after the last success. Transient faults are retried until
+    trouble has lasted for `retry_seconds`. While it lasts only one copy at a time finds out whether it is over: a
+    destination in trouble is left alone, and its hanging requests hold one slot instead of all.
     """
 
     retry_seconds: float
+    slots: Slots
+    pace: Pace
     stop: threading.Event = field(default_factory=threading.Event)
-    last_success: float = field(default_factory=time.monotonic)
+    trouble_since: float | None = None
+    finding_out: threading.Lock = field(default_factory=threading.Lock)
 
     def wait_before_retry(self, fault: Fault, tries: int) -> None:
         """Sleep with growing, jittered back-off, or as long as the other side asked; end early when stopped.
 
         Raises a permanent fault when it is time to give up.
         """
-        quiet = time.monotonic() - self.last_success
+        now = time.monotonic()
+        since = self.trouble_since
+        if since is None:
+            since = self.trouble_since = now
+        quiet = now - since
         if quiet >= self.retry_seconds:
             raise type(fault)(
                 f"{fault.side.capitalize()}Unavailable",
@@ -103,6 +109,38 @@ class ExportWatch:
         if fault.retry_after_seconds is not None:
             pause = max(pause, min(fault.retry_after_seconds, 300.0))
         self.stop.wait(max(0.0, min(pause, self.retry_seconds - quiet)))
+
+
+class _Hold:
+    """The slots that a lane holds. They are kept from one copy to the next: handing them to another lane after each
+    wakes a thread each time, which costs as much as copying a small instance. When another export waits for slots,
+    they are given back once the lane's turn is over.
+    """
+
+    def __init__(self, pool: CopyPool, watch: ExportWatch) -> None:
+        self._places = watch.pace.places
+        self._both = (watch.slots, pool.slots)
+        self._held = 0
+        self._turn_ends = 0.0
+
+    def take(self, count: int) -> None:
+        own, shared = self._both
+        must_yield = self._places.is_over or (shared.is_short and time.monotonic() >= self._turn_ends)
+        if self._held == count and not must_yield:
+            return
+        self.give_back()
+        self._places.take(1)
+        own.take(count)
+        shared.take(count)
+        self._held = count
+        self._turn_ends = time.monotonic() + _TURN_SECONDS
+
+    def give_back(self) -> None:
+        held, self._held = self._held, 0
+        if held:
+            for slots in self._both:
+                slots.give_back(held)
+            self._places.give_back(1)
 
 
 @dataclass(slots=True)
@@ -132,7 +170,7 @@ def copy_chunk(
     """Copy `objects`, and return what became of them and the permanent fault that ended it early, if one did.
 
     Everything that the outcome counts as exported is durable at the destination. When `watch.stop` is set, copies in
-    flight get two seconds to end; those that do not are not counted, although their object may still appear.
+    flight get a moment to end; those that do not are not counted, although their object may still appear.
     Exceptions other than faults are errors of ours and are raised.
     """
     tries = 0
@@ -183,59 +221,77 @@ def _run_lanes(chunk: _Chunk) -> None:
 
 def _lane(chunk: _Chunk) -> None:
     """Copy one instance after the other until the chunk is used up or must stop."""
-    objects, stop, watch = chunk.objects, chunk.watch.stop, chunk.watch
+    objects, stop = chunk.objects, chunk.watch.stop
     done, failures = chunk.done, chunk.failures  # a lane left behind goes on with these, which nobody reads then
-    for position in chunk.next_position:
-        if position >= len(objects) or stop.is_set() or chunk.fatal:
-            return
-        stored = objects[position]
-        try:
-            if _copy_with_retries(chunk, stored):
-                watch.last_success = time.monotonic()
-                done.append(position)
-        except Fault as fault:
-            if fault.kind is FaultKind.INSTANCE:
-                error = f"{fault.code}: {fault.message}"
-                failure = ExportFailure(position, stored.identifier, fault.code, error, datetime.now(UTC))
-                failures.append(failure)
-            else:
-                chunk.fatal.append(fault)
-        except BaseException as error:
-            chunk.fatal.append(error)
+    hold = _Hold(chunk.pool, chunk.watch)
+    try:
+        for position in chunk.next_position:
+            if position >= len(objects) or stop.is_set() or chunk.fatal:
+                return
+            stored = objects[position]
+            try:
+                if _copy_with_retries(chunk, stored, hold):
+                    done.append(position)
+            except Fault as fault:
+                if fault.kind is FaultKind.INSTANCE:
+                    error = f"{fault.code}: {fault.message}"
+                    failure = ExportFailure(position, stored.identifier, fault.code, error, datetime.now(UTC))
+                    failures.append(failure)
+                else:
+                    chunk.fatal.append(fault)
+            except BaseException as error:
+                chunk.fatal.append(error)
+    finally:
+        hold.give_back()
 
 
-def _copy_with_retries(chunk: _Chunk, stored: StoredObject) -> bool:
+def _copy_with_retries(chunk: _Chunk, stored: StoredObject, hold: _Hold) -> bool:
     """Copy one instance; false when it was stopped before it could be."""
+    watch = chunk.watch
     tries = 0
-    while not (chunk.watch.stop.is_set() or chunk.fatal):
+    while not (watch.stop.is_set() or chunk.fatal):
+        is_in_trouble = watch.trouble_since is not None
+        if is_in_trouble:
+            hold.give_back()
+            if not watch.finding_out.acquire(timeout=_TURN_SECONDS):
+                continue
         try:
-            _copy(chunk, stored)
+            _copy(chunk, stored, hold)
         except Fault as fault:
             if fault.kind is not FaultKind.TRANSIENT:
+                watch.trouble_since = None  # whoever refuses is there
                 raise
-            chunk.watch.wait_before_retry(fault, tries)
-            tries += 1
+            failed = fault
+            watch.pace.failed()
         except _Stopped:
             return False
         else:
+            watch.trouble_since = None
+            watch.pace.copied(stored.size)
             return True
+        finally:
+            if is_in_trouble:
+                watch.finding_out.release()
+        hold.give_back()
+        watch.wait_before_retry(failed, tries)
+        tries += 1
     return False
 
 
-def _copy(chunk: _Chunk, stored: StoredObject) -> None:
+def _copy(chunk: _Chunk, stored: StoredObject, hold: _Hold) -> None:
     key = instance_key(chunk.operation_id, stored.study_uid, stored.series_uid, stored.sop_instance_uid)
-    is_streamed = stored.size > chunk.pool.stream_bytes
-    slots = chunk.pool.take(chunk.pool.stream_bytes if is_streamed else stored.size)
-    try:
-        if is_streamed:
-            chunk.destination.put_stream(key, _verified_blocks(chunk, stored), stored.size)
-            return
-        content = chunk.store.read(stored.store_key)
-        if xxh3_64_intdigest(content) != stored.xxh3 or len(content) != stored.size:
-            raise _corrupt()
-        chunk.destination.put(key, content)
-    finally:
-        chunk.pool.give_back(slots)
+    pool = chunk.pool
+    is_streamed = stored.size > pool.stream_bytes
+    hold.take(pool.slots_for(pool.stream_bytes if is_streamed else stored.size))
+    if chunk.watch.stop.is_set():
+        raise _Stopped  # it may have been a long wait
+    if is_streamed:
+        chunk.destination.put_stream(key, _verified_blocks(chunk, stored), stored.size)
+        return
+    content = chunk.store.read(stored.store_key, stored.size)
+    if xxh3_64_intdigest(content) != stored.xxh3 or len(content) != stored.size:
+        raise _corrupt()
+    chunk.destination.put(key, content)
 
 
 class _Stopped(Exception):

@@ -70,6 +70,7 @@ class ErrorLog:
     operations: OperationStore
     operation_id: OperationId
     destination: Destination
+    _is_outdated: bool = False
     _one_at_a_time: threading.Lock = field(default_factory=threading.Lock)
     _is_given_up: threading.Event = field(default_factory=threading.Event)
 
@@ -80,15 +81,19 @@ class ErrorLog:
             age = (datetime.now(UTC) - state.written_at).total_seconds()
             has_grown = state.failures >= REFRESH_GROWTH * state.lines_written
             if (
-                state.failures == state.lines_written
+                self._is_outdated
+                or state.failures == state.lines_written
                 or state.bytes_written > REFRESH_BYTES_MAX
                 or not (has_grown or age >= REFRESH_SECONDS)
             ):
                 return
             try:
                 self._write(state.etag)
-            except (DestinationFault, LogOutdated) as error:
+            except DestinationFault as error:
                 _log.warning("errors.log of %s could not be refreshed: %s", self.operation_id, error)
+            except LogOutdated:
+                self._is_outdated = True  # its ETag was lost with a process; the last write puts that right
+                _log.warning("errors.log of %s is not refreshed any more before its end", self.operation_id)
 
     def complete(self) -> None:
         """Write the log as it stays. Raises DestinationFault."""

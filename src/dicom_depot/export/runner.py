@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from datetime import datetime
 from typing import NamedTuple, TypeVar
@@ -43,6 +45,8 @@ _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 WATCH_SECONDS = 0.5
+LAST_LOG_SECONDS = {OperationStatus.CANCELING: 2.0, OperationStatus.FAILING: 30.0}
+"""How long the last write of its log may hold up an operation that was canceled or failed."""
 _OWN_TROUBLE_PAUSE_SECONDS = 5.0
 _ENDS_REMEMBERED = 1000
 
@@ -100,11 +104,16 @@ class ExportRunner:
 
     def begin(self, operation_id: OperationId, generation: int) -> StepResult:
         """Set a new operation running, or find where one that was interrupted or resumed stands."""
-        self._operations.begin(operation_id)
-        if not self._is_current(operation_id, generation):
-            return StepResult([], is_settled=False)
-        queue = self._operations.runnable(operation_id, self._window)
-        return StepResult(queue, self._operations.is_settled(operation_id))
+        nothing: list[int] = []
+
+        def begun() -> list[int]:
+            self._operations.begin(operation_id)
+            if not self._is_current(operation_id, generation):
+                return nothing
+            return self._operations.runnable(operation_id, self._window)
+
+        queue = self._guarded(operation_id, generation, begun, failed=nothing, gone=nothing)
+        return StepResult(queue, self.is_settled(operation_id, generation))
 
     def plan(self, operation_id: OperationId, generation: int) -> StepResult | None:
         """Plan one page; None when there is nothing more to plan."""
@@ -116,27 +125,38 @@ class ExportRunner:
             queue = self._operations.runnable(operation_id, self._window, first)
             return StepResult(queue, self._operations.is_settled(operation_id))
 
-        return self._guarded(operation_id, generation, page, None)
+        return self._guarded(operation_id, generation, page, failed=None, gone=None)
 
     def run_chunk(self, operation_id: OperationId, generation: int, number: int) -> StepResult:
         """Copy one chunk and account for it."""
         nothing: list[int] = []
         queue = self._guarded(
-            operation_id, generation, lambda: self._run_chunk(operation_id, generation, number), nothing
+            operation_id,
+            generation,
+            lambda: self._run_chunk(operation_id, generation, number),
+            failed=None,
+            gone=nothing,
         )
-        return StepResult(queue, self.is_settled(operation_id, generation))
+        if queue is None:
+            # The chunk is still ours. Claiming it for an operation that fails gives it up, so that this one can end.
+            self._insist(
+                operation_id,
+                generation,
+                lambda: self._operations.claim_chunk(operation_id, generation, number) is None,
+            )
+        return StepResult(queue or nothing, self.is_settled(operation_id, generation))
 
     def is_settled(self, operation_id: OperationId, generation: int) -> bool:
         """Whether only `finish` is missing."""
-
-        def look() -> bool:
-            return self._is_current(operation_id, generation) and self._operations.is_settled(operation_id)
-
-        return self._guarded(operation_id, generation, look, False)
+        return self._insist(
+            operation_id,
+            generation,
+            lambda: self._is_current(operation_id, generation) and self._operations.is_settled(operation_id),
+        )
 
     def finish(self, operation_id: OperationId, generation: int) -> None:
         """Complete the log, then enter the terminal state and erase the secret."""
-        self._guarded(operation_id, generation, lambda: self._finish(operation_id, generation), None)
+        self._insist(operation_id, generation, lambda: self._finish(operation_id, generation))
         self._record_end(operation_id, generation)
 
     def stop(self, operation_id: OperationId) -> None:
@@ -177,15 +197,18 @@ class ExportRunner:
         following = number + self._window
         return self._operations.runnable(operation_id, self._window, following, following)
 
-    def _finish(self, operation_id: OperationId, generation: int) -> None:
+    def _finish(self, operation_id: OperationId, generation: int) -> bool:
+        """True when the operation has ended, false when it must not yet."""
         if not self._is_current(operation_id, generation) or not self._operations.is_settled(operation_id):
-            return
+            return False
         if not is_untouched(self._operations.log_state(operation_id)):
             try:
                 self._complete_log(operation_id, generation)
-            except DepotError as error:
+            except (NotFound, ServiceUnavailable, StorageFull):
+                raise
+            except Exception as error:
                 # Without its log an operation has not succeeded; one that failed or was canceled ends all the same.
-                self._fail(operation_id, generation, OperationError(error.code, error.message))
+                self._fail(operation_id, generation, self._explained(operation_id, error))
         operation = self._operations.finish(operation_id)
         with self._opening:
             self._let_go(operation_id, generation)
@@ -199,12 +222,15 @@ class ExportRunner:
             operation.bytes_exported,
             f" ({operation.error.code})" if operation.error else "",
         )
+        return True
 
     def _record_end(self, operation_id: OperationId, generation: int) -> None:
         """One audit line for an end. A process that dies between the end and its line runs this step again; one that
         dies right after the line writes it a second time: at least once, and nearly always once.
         """
-        operation = self._guarded(operation_id, generation, lambda: self._operations.get(operation_id), None)
+        operation = self._guarded(
+            operation_id, generation, lambda: self._operations.get(operation_id), failed=None, gone=None
+        )
         if operation is None or not operation.status.is_terminal:
             return
         end = (operation_id, operation.ended_at)
@@ -213,7 +239,34 @@ class ExportRunner:
             record_end(self._audit, operation)
 
     def _complete_log(self, operation_id: OperationId, generation: int) -> None:
+        """Write the log as it stays. A request that hangs holds up a success, but not a failure or a cancellation:
+        the log of those is given a little time, and is written late or not at all when that is over.
+        """
         opened = self._opened(operation_id, generation)
+        written: Future[None] = Future()
+
+        def write() -> None:
+            try:
+                self._write_last_log(operation_id, opened)
+            except BaseException as error:
+                written.set_exception(error)
+            else:
+                written.set_result(None)
+
+        threading.Thread(target=write, name="last-log", daemon=True).start()
+        stopped_at = None
+        while not wait([written], timeout=0.1).done:
+            if self._closed.is_set():
+                raise Interrupted
+            if opened.watch.stop.is_set():
+                stopped_at = stopped_at or time.monotonic()
+                seconds = LAST_LOG_SECONDS.get(self._operations.get(operation_id).status, 0.0)
+                if time.monotonic() > stopped_at + seconds:
+                    _log.warning("operation %s ends without its complete error log", operation_id)
+                    return
+        written.result()
+
+    def _write_last_log(self, operation_id: OperationId, opened: _OpenExport) -> None:
         tries = 0
         while True:
             try:
@@ -230,7 +283,9 @@ class ExportRunner:
                 return
 
     def _fail(self, operation_id: OperationId, generation: int, error: OperationError) -> None:
-        operation = self._operations.stop(operation_id, OperationStatus.FAILING, error, generation)
+        operation = self._patiently(
+            operation_id, lambda: self._operations.stop(operation_id, OperationStatus.FAILING, error, generation)
+        )
         if operation.generation == generation:
             self.stop(operation_id)
 
@@ -242,7 +297,8 @@ class ExportRunner:
                 self._let_go(operation_id, generation - 1)
                 destination = self._destinations.open(self._destination_spec(operation_id))
                 log = ErrorLog(self._operations, operation_id, destination)
-                opened = _OpenExport(destination, ExportWatch(self._retry_seconds), log)
+                watch = ExportWatch(self._retry_seconds, self._pool.share(), self._pool.pace())
+                opened = _OpenExport(destination, watch, log)
                 self._open[operation_id, generation] = opened
             return opened
 
@@ -262,34 +318,52 @@ class ExportRunner:
         assert isinstance(public, dict)
         return DestinationSpec(str(recorded["type"]), public, secret)
 
-    def _guarded(self, operation_id: OperationId, generation: int, step: Callable[[], _T], otherwise: _T) -> _T:
-        """Run a step. Trouble of ours that may pass (a busy or full database) is waited out; an error that no rule
-        covers fails the operation, with the whole story in the service's log, instead of leaving it hanging.
+    def _guarded(
+        self, operation_id: OperationId, generation: int, step: Callable[[], _T], *, failed: _T, gone: _T
+    ) -> _T:
+        """Run a step. An error that no rule covers fails the operation, with the whole story in the service's log,
+        instead of leaving it hanging; the answer is then `failed`. It is `gone` when the operation was purged.
         """
+        try:
+            try:
+                return self._patiently(operation_id, step)
+            except NotFound:
+                return gone
+            except Exception as error:
+                self._fail(operation_id, generation, self._explained(operation_id, error))
+                return failed
+        except NotFound:
+            return gone
+
+    def _insist(self, operation_id: OperationId, generation: int, step: Callable[[], bool]) -> bool:
+        """Run a step without which an operation would never end: after an error the operation fails, and the step is
+        run again.
+        """
+        while True:
+            answer = self._guarded(operation_id, generation, step, failed=None, gone=False)
+            if answer is not None:
+                return answer
+            if self._closed.wait(_OWN_TROUBLE_PAUSE_SECONDS):
+                raise Interrupted
+
+    def _patiently(self, operation_id: OperationId, step: Callable[[], _T]) -> _T:
+        """Wait out trouble of ours that may pass: a busy or full database."""
         while True:
             try:
                 return step()
-            except NotFound:
-                return otherwise  # the operation was purged
             except (ServiceUnavailable, StorageFull) as error:
                 _log.error("operation %s waits: %s", operation_id, error)
                 if self._closed.wait(_OWN_TROUBLE_PAUSE_SECONDS):
                     raise Interrupted from error
-            except Interrupted:
-                raise
-            except DepotError as error:
-                self._fail(operation_id, generation, OperationError(error.code, error.message))
-                return otherwise
-            except Exception:
-                if self._closed.is_set():
-                    raise
-                _log.exception("operation %s fails because of an error of the service", operation_id)
-                self._fail(
-                    operation_id,
-                    generation,
-                    OperationError("InternalError", "An error of the service; its log has the details."),
-                )
-                return otherwise
+
+    def _explained(self, operation_id: OperationId, error: Exception) -> OperationError:
+        """The operation's error for an exception of ours. While the process is closing, none means anything."""
+        if self._closed.is_set():
+            raise Interrupted from error
+        if isinstance(error, DepotError):
+            return OperationError(error.code, error.message)
+        _log.error("operation %s fails because of an error of the service", operation_id, exc_info=error)
+        return OperationError("InternalError", "An error of the service; its log has the details.")
 
     def _watch(self) -> None:
         """Pass on the order to stop to the copies of operations that no longer run."""

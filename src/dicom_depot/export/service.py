@@ -180,6 +180,7 @@ def _prove_writable(destination: Destination, key: str) -> str | None:
         etag = destination.create_log(key)
         return destination.write_log(key, (), if_match=etag)
     except LogOutdated:
+        destination.remove_log(key)
         raise DestinationRefused(
             "The destination changed the error log by itself right after it was created; it cannot be used.",
             target="destination",

@@ -1,5 +1,7 @@
 """The promises of `ports`, as tests that every adapter inherits. No pytest here, no adapter, no fixture.
 
+Stores and destinations are here; `index_contract`, `operations_contract` and `chunks_contract` have the rest.
+
 A subclass whose name begins with `Test` provides the hooks (those that raise NotImplementedError); each
 `test_...` method then states one promise. A hook is never optional: a promise that a backend cannot break is
 shown not to break.
@@ -203,6 +205,9 @@ class BlobStoreContract(Generic[StoreT]):
 class DestinationContract(Generic[DestinationT]):
     """What every Destination keeps."""
 
+    puts_each = _PUTS_EACH
+    """Puts of each thread in the test with many threads; fewer where each takes long."""
+
     def make_destination(self) -> DestinationT:
         """A destination of its own, with nothing below it, for the test that asks."""
         raise NotImplementedError
@@ -392,7 +397,7 @@ class DestinationContract(Generic[DestinationT]):
 
         def work(thread: int) -> dict[str, bytes]:
             done = {}
-            for number in range(_PUTS_EACH):
+            for number in range(self.puts_each):
                 # All threads share studies and series, and more of them than any cache of handles is likely
                 # to hold.
                 key = f"op/results/1.{number % 5}/2.{number % 100}/3.{thread}.{number}.dcm"

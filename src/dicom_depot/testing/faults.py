@@ -79,4 +79,4 @@ class _Faulty:
 
 def faulty(port: _T, name: str, plan: FaultPlan) -> _T:
     """Wrap any port: its methods are called under `<name>.<method>` of the plan."""
-    return cast(_T, _Faulty(port, name, plan))
+    return cast("_T", _Faulty(port, name, plan))

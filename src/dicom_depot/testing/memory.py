@@ -36,7 +36,7 @@ class MemoryBlobStore:
     def make_durable(self, keys: Sequence[str]) -> None:
         self.durable.update(key for key in keys if key in self.objects)
 
-    def read(self, key: str) -> bytes:
+    def read(self, key: str, size: int | None = None) -> bytes:
         try:
             return self.objects[key]
         except KeyError:

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -15,22 +15,12 @@ from dicom_depot import __version__
 from dicom_depot.config import Settings
 from dicom_depot.web.access import OPEN, rules
 from dicom_depot.web.context import WebContext
-from dicom_depot.web.errors import error_response, install_error_handlers
+from dicom_depot.web.errors import COMMON_HEADERS, error_response, install_error_handlers
 from dicom_depot.web.guards import GuardMiddleware
 from dicom_depot.web.models import ErrorBody
 from dicom_depot.web.proxies import ProxyMiddleware
 from dicom_depot.web.routes import destinations, export, health, identity, operations
 from dicom_depot.web.trail import TrailMiddleware
-
-_HEADERS = [
-    (b"x-content-type-options", b"nosniff"),
-    (b"x-frame-options", b"SAMEORIGIN"),
-    (b"content-security-policy", b"frame-src 'self';"),
-    (b"cross-origin-resource-policy", b"same-origin"),
-    (b"referrer-policy", b"no-referrer"),
-    (b"cache-control", b"no-store"),
-    (b"api-supported-versions", b"1, 2"),
-]
 
 _HSTS = (b"strict-transport-security", b"max-age=31536000")
 
@@ -59,6 +49,7 @@ def create_app(open_context: Opener, settings: Settings | None = None) -> FastAP
         docs_url=None,
         redoc_url=None,
         openapi_url="/v2/api.json",
+        redirect_slashes=False,
         generate_unique_id_function=_operation_name,
     )
     for prefix in ("/v1", "/v2", ""):
@@ -75,9 +66,6 @@ def create_app(open_context: Opener, settings: Settings | None = None) -> FastAP
             dependencies=[OPEN],
         )
     app.add_api_route("/v1/api.json", app.openapi, include_in_schema=False, dependencies=[OPEN])
-    app.add_api_route(
-        "/v{version:int}/{path:path}", _refuse_version, methods=_METHODS, include_in_schema=False, dependencies=[OPEN]
-    )
     app.include_router(health.router, dependencies=[OPEN])
     install_error_handlers(app)
     app.add_middleware(GuardMiddleware, settings=settings)
@@ -121,12 +109,7 @@ async def _refuse_partition(partition: str) -> JSONResponse:
     return error_response(400, "PartitionsDisabled", message, "partitionName")
 
 
-async def _refuse_version(request: Request, version: int, path: str) -> JSONResponse:
-    if version in (1, 2):
-        return error_response(404, "NotFound", "There is nothing at this path.", None)
-    return error_response(
-        400, "UnsupportedApiVersion", f"Version {version} is not supported; use /v1 or /v2.", "version"
-    )
+_HEADERS = [(name.lower().encode(), value.encode()) for name, value in COMMON_HEADERS.items()]
 
 
 class _Headers:
@@ -138,8 +121,9 @@ class _Headers:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                hsts = [_HSTS] if scope["scheme"] == "https" else []
-                message["headers"] = [*message.get("headers", []), *_HEADERS, *hsts]
+                present = {name for name, _ in message["headers"]}
+                wanted = [*_HEADERS, _HSTS] if scope["scheme"] == "https" else _HEADERS
+                message["headers"] = [*message["headers"], *(each for each in wanted if each[0] not in present)]
             await send(message)
 
         await self._app(scope, receive, send_with_headers if scope["type"] == "http" else send)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -28,6 +29,7 @@ _DESTINATION_MEMBERS: Mapping[str, Mapping[str, type]] = {
     "file": {"folder": str},
 }
 _SOURCE_TYPES = ("identifiers",)
+_SETTING_LENGTH_MAX = 8192
 _STATUSES: tuple[Literal["On"], Literal["Off"]] = ("On", "Off")
 
 
@@ -43,6 +45,8 @@ async def read_body(request: Request, bytes_max: int) -> bytes:
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type != "application/json":
         raise UnsupportedMediaType("The body must be sent as Content-Type: application/json.", target="Content-Type")
+    if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
+        raise UnsupportedMediaType("The body must be sent uncompressed.", target="Content-Encoding")
     too_large = PayloadTooLarge(
         f"The body is larger than {bytes_max} bytes (DICOM_DEPOT_MAX_BODY_BYTES). "
         "Name studies instead of their instances, or split the export.",
@@ -78,11 +82,14 @@ def parse_json(body: bytes) -> Any:
     except RecursionError:
         raise InvalidRequest("The body is nested too deeply.", target="body") from None
     except ValueError as error:
-        raise InvalidRequest(f"The body is not valid JSON: {error}.", target="body") from None
+        raise InvalidRequest(f"The body is not acceptable as JSON: {error}.", target="body") from None
 
 
-def parse_source(body: Any) -> tuple[Ref, ...] | None:
-    """The identifiers to export; None, everything, when the body has no `source`."""
+def parse_source(body: Any, identifiers_max: int) -> tuple[Ref, ...] | None:
+    """The identifiers to export; None, everything, when the body has no `source`.
+
+    Their number is checked here too, before any of them is read and before the destination is looked at.
+    """
     top = _members(body, "", ("source", "destination"))
     if "source" not in top:
         return None
@@ -96,6 +103,12 @@ def parse_source(body: Any) -> tuple[Ref, ...] | None:
     if not values:
         raise InvalidRequest(
             f"{place} is empty. Name at least one study, series or instance, or leave `source` out for everything.",
+            target=place,
+        )
+    if len(values) > identifiers_max:
+        raise InvalidRequest(
+            f"{place} has {len(values)} entries; at most {identifiers_max} are allowed (DICOM_DEPOT_MAX_IDENTIFIERS). "
+            "Split the list, or name studies instead of their instances.",
             target=place,
         )
     return tuple(_identifier(value, f"{place}[{number}]") for number, value in enumerate(values))
@@ -124,6 +137,15 @@ def parse_destination(
         if value is not None and not isinstance(value, kinds[name]):
             wanted = "true or false" if kinds[name] is bool else "a string"
             raise InvalidRequest(f"{place}.{name} must be {wanted}, not {_kind(value)}.", target=f"{place}.{name}")
+        if isinstance(value, str) and len(value) > _SETTING_LENGTH_MAX:
+            raise InvalidRequest(
+                f"{place}.{name} has {len(value)} characters; at most {_SETTING_LENGTH_MAX} are allowed.",
+                target=f"{place}.{name}",
+            )
+        if isinstance(value, str) and not _is_text(value):
+            raise InvalidRequest(
+                f"{place}.{name} holds a control character or half of a surrogate pair.", target=f"{place}.{name}"
+            )
     return destinations.parse(type_, {name: value for name, value in settings.items() if value is not None})
 
 
@@ -170,6 +192,10 @@ def _unknown(name: str, proper: Mapping[str, str], place: str) -> str:
     return f"{shown} is not a member of {place or 'the body'}. {hint}"
 
 
+def _is_text(value: str) -> bool:
+    return not any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in value)
+
+
 def _required(members: Mapping[str, Any], place: str, name: str) -> Any:
     where = f"{place}.{name}" if place else name
     if members.get(name) is None:
@@ -213,6 +239,8 @@ def _no_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     members: dict[str, Any] = {}
     seen: set[str] = set()
     for name, value in pairs:
+        if not _is_text(name):
+            raise ValueError(f"the member name {name[:60]!a} holds a control character or half of a surrogate pair")
         if name.lower() in seen:
             raise ValueError(f"the member {name[:60]!a} stands twice in one object")
         seen.add(name.lower())

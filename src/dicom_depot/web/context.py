@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from weakref import WeakValueDictionary
 
 from fastapi import Request
 
@@ -15,6 +17,21 @@ from dicom_depot.ports import AuditTrail, BlobStore, InstanceIndex, ManagedIdent
 
 _HOST = re.compile(r"(?P<name>[A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(?::(?P<port>\d{1,5}))?")
 _DEFAULT_PORTS = {"http": 80, "https": 443}
+
+
+class KeyTurns:
+    """Requests with the same Idempotency-Key take turns in this process.
+
+    The store decides which of them starts the operation. Taking turns spares the others their proof of writability,
+    which leaves an empty log behind where they may not delete it.
+    """
+
+    def __init__(self) -> None:
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+
+    def of(self, key: str) -> asyncio.Lock:
+        """The lock of a key; it lives as long as somebody holds or awaits it."""
+        return self._locks.setdefault(key, asyncio.Lock())
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +47,7 @@ class WebContext:
     """None where no sign-in is configured."""
     audit: AuditTrail
     identity: ManagedIdentity
+    turns: KeyTurns = field(default_factory=KeyTurns)
 
 
 def context(request: Request) -> WebContext:
@@ -54,7 +72,7 @@ def base_url(request: Request) -> str:
     scheme = request.url.scheme
     server_name, server_port = request.scope.get("server") or ("127.0.0.1", None)
     found = _HOST.fullmatch(request.headers.get("host", ""))
-    name = found["name"] if found else server_name
+    name = found["name"] if found else f"[{server_name}]" if ":" in server_name else server_name
     port = int(found["port"]) if found and found["port"] else server_port
     if port is None or port == _DEFAULT_PORTS.get(scheme):
         return f"{scheme}://{name}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 
 from fastapi import FastAPI, Request
@@ -33,7 +34,17 @@ STATUSES: tuple[tuple[type[errors.DepotError], int], ...] = (
 
 RETRY_AFTER_SECONDS = 5
 
+COMMON_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "SAMEORIGIN",
+    "Content-Security-Policy": "frame-src 'self';",
+    "Cache-Control": "no-store",
+    "Api-Supported-Versions": "1, 2",
+}
+"""What every answer carries."""
+
 _HTTP_CODES = {404: "NotFound", 405: "MethodNotAllowed"}
+_OTHER_VERSION = re.compile(r"/v(?![12](?:/|$))\d[^/]{0,40}(?:/|$)", re.IGNORECASE)
 
 
 def error_response(
@@ -83,6 +94,8 @@ def _headers(request: Request, status: int) -> dict[str, str]:
 
 async def _http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
+    if error.status_code == 404 and _OTHER_VERSION.match(request.url.path):
+        return error_response(400, "UnsupportedApiVersion", "This version is not supported; use /v1 or /v2.", "version")
     code = _HTTP_CODES.get(error.status_code, "RequestRefused")
     message = {
         404: "There is nothing at this path. Paths begin with /v1 or /v2.",
@@ -100,4 +113,7 @@ async def _validation_error(request: Request, error: Exception) -> JSONResponse:
 
 async def _unexpected(request: Request, error: Exception) -> JSONResponse:
     _log.error("%s %s failed", request.method, request.url.path, exc_info=error)
-    return error_response(500, "InternalError", "An error of the service; its log has the details.", None)
+    # Made outside of the middleware that adds them elsewhere.
+    return error_response(
+        500, "InternalError", "An error of the service; its log has the details.", None, COMMON_HEADERS
+    )

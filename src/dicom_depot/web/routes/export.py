@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from typing import Annotated, Any
 
@@ -33,6 +34,7 @@ _KEY = re.compile(r"[\x21-\x7e]{1,255}")
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody} for status in (400, 408, 413, 415, 422, 429, 503)
 }
+_ERRORS["default"] = {"model": ErrorBody, "description": "Any other error."}
 
 
 @router.post(
@@ -54,6 +56,7 @@ async def start_export(
 ) -> JSONResponse:
     """Start an export: copy instances as .dcm files to a destination."""
     opened = context(request)
+    _refuse_other_spellings(request)
     if idempotency_key is not None and not _KEY.fullmatch(idempotency_key):
         raise InvalidRequest(
             "Idempotency-Key must have 1 to 255 printable ASCII characters without spaces.",
@@ -68,13 +71,22 @@ async def start_export(
         trail["dry_run"] = True
         counted = await run_in_threadpool(opened.exports.dry_run, specification)
         return JSONResponse(dry_run_result(counted).to_json())
-    operation = await run_waiting(opened.exports.start, specification, idempotency_key, caller)
+    async with contextlib.nullcontext() if idempotency_key is None else opened.turns.of(idempotency_key):
+        operation = await run_waiting(opened.exports.start, specification, idempotency_key, caller)
     trail["operation_id"] = operation.id
     href = f"{base_url(request)}/v{version_of(request)}/operations/{operation.id}"
-    return JSONResponse(operation_reference(operation.id, href).to_json(), 202, {"Location": href})
+    headers = {"Location": href, "Retry-After": "1"}
+    return JSONResponse(operation_reference(operation.id, href).to_json(), 202, headers)
+
+
+def _refuse_other_spellings(request: Request) -> None:
+    """A dry run that is not understood would be an export."""
+    for name in request.query_params:
+        if name != "dryRun" and name.lower().replace("_", "").replace("-", "") == "dryrun":
+            raise InvalidRequest("The parameter is spelt dryRun; nothing was started.", target="dryRun")
 
 
 def _specification(opened: WebContext, body: bytes) -> ExportSpecification:
     content = bodies.parse_json(body)
-    identifiers = bodies.parse_source(content)
+    identifiers = bodies.parse_source(content, opened.settings.max_identifiers)
     return ExportSpecification(identifiers, bodies.parse_destination(content, opened.exports.destinations))

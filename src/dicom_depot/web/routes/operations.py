@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 from datetime import UTC, datetime
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse
@@ -34,7 +34,13 @@ from dicom_depot.web.models import (
 from dicom_depot.web.trail import trail_of
 from dicom_depot.web.waiting import run_waiting
 
-router = APIRouter(tags=["operations"])
+# The default also keeps FastAPI from documenting a 422 with a body of its own, which this service never sends.
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    400: {"model": ErrorBody},
+    "default": {"model": ErrorBody, "description": "Any other error."},
+}
+
+router = APIRouter(tags=["operations"], responses=_ERRORS)
 
 _YOUNG_SECONDS = 60
 
@@ -166,9 +172,9 @@ def _parse_token(token: str) -> tuple[datetime, str]:
         created_at = datetime.fromisoformat(moment)
         if created_at.tzinfo is None or parse_operation_id(operation_id) is None:
             raise ValueError
-    except (ValueError, binascii.Error):
+        return created_at.astimezone(UTC), operation_id
+    except (ValueError, OverflowError, binascii.Error):
         raise InvalidRequest(
             "'continuationToken' is not one that this service gave out; leave it out to begin again.",
             target="continuationToken",
         ) from None
-    return created_at, operation_id

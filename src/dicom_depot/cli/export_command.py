@@ -1,0 +1,296 @@
+"""`dicom-depot export`: starts an export in a running service or in this process, and may wait for its end.
+
+A destination often holds a secret. Nothing here prints one: not in messages, not in progress, not in JSON.
+"""
+
+from __future__ import annotations
+
+import getpass
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Protocol
+
+import typer
+from rich.filesize import decimal
+
+from dicom_depot import wiring
+from dicom_depot.cli.client import OperationReference, OperationReport, ServiceClient, service_url
+from dicom_depot.cli.common import ExitCode, err, fail, load_settings, print_json
+from dicom_depot.cli.progress import OperationProgress, explained_answers, tell_end
+from dicom_depot.config import PREFIX, Settings
+from dicom_depot.domain.errors import InvalidIdentifier, InvalidRequest
+from dicom_depot.domain.export import ExportSpecification
+from dicom_depot.domain.identifiers import parse_identifier
+from dicom_depot.domain.operation import OperationId
+from dicom_depot.telemetry import set_up_logging
+from dicom_depot.web import bodies
+from dicom_depot.web.models import dry_run_result, operation_state
+
+DESTINATION_VARIABLE = PREFIX + "EXPORT_TO"
+
+_STDIN = "-"
+_FOLDER_SCHEME = "file:"
+_LOCAL_PAUSE_SECONDS = 0.25
+_UNMATCHED_SHOWN = 10
+_FORMS = "https://ACCOUNT.blob.core.windows.net/CONTAINER?SAS, a connection string with --container, or file:FOLDER"
+
+
+def export(
+    context: typer.Context,
+    identifiers: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="IDENTIFIER", help=r"STUDY\[/SERIES\[/INSTANCE]], by UID; `-` reads a list from standard input."
+        ),
+    ] = None,
+    list_file: Annotated[
+        str | None,
+        typer.Option(
+            "--from", metavar="FILE", help="Read identifiers from a file, one a line; `#` begins a comment; `-`: stdin."
+        ),
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Export all that is stored.")] = False,
+    to: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            envvar=DESTINATION_VARIABLE,
+            help="Destination: a container's URL with its SAS (quote it), a connection string with --container, or "
+            "file:FOLDER below the service's export root. `-` reads it from standard input, so that a secret need not "
+            "stand in the shell's history.",
+        ),
+    ] = None,
+    container: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Container, when --to is a connection string.")
+    ] = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Show progress until the export has ended.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count what would be copied; write nothing.")] = False,
+    in_process: Annotated[
+        bool, typer.Option("--local", help="Run the export in this process, without a service; waits for its end.")
+    ] = False,
+    service: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="The running service. Default: the public URL or host and port of settings."),
+    ] = None,
+    idempotency_key: Annotated[
+        str | None,
+        typer.Option(metavar="KEY", help="The same key with the same export starts it once, however often it is sent."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
+) -> None:
+    """Copy studies, series or instances as .dcm files to a cloud container or a folder.
+
+    Exit status:
+    0 all was copied, or the export was started (without --wait)
+    2 wrong usage, or the service refused the export
+    3 some were skipped, see errors.log; of a dry run: some identifiers match nothing
+    4 failed, or the service cannot be reached
+    5 canceled
+    130 interrupted; the export goes on
+    """
+    settings = load_settings(context)
+    try:
+        body = export_body(
+            _read_identifiers(identifiers or [], list_file, everything=everything, is_stdin_taken=to == _STDIN),
+            parse_destination(_read_destination(to), container),
+        )
+        if in_process and service is not None:
+            raise InvalidRequest("Give either --local or --service, not both.")
+    except InvalidRequest as error:
+        fail(error.message, ExitCode.USAGE)
+    with explained_answers(as_json=as_json), _opened(settings, service, in_process=in_process) as exports:
+        if dry_run:
+            raise typer.Exit(_tell_dry_run(exports.dry_run(body), as_json=as_json))
+        operation = exports.start(body, idempotency_key)
+        if wait or in_process:
+            raise typer.Exit(wait_for_end(exports, operation.id, as_json=as_json, is_local=in_process))
+        if as_json:
+            print_json(operation._asdict())
+            return
+        typer.echo(f"operation  {operation.id}\nstate      {operation.href}")
+        err.print(f"Follow it with: dicom-depot operations watch {operation.id}", highlight=False, soft_wrap=True)
+
+
+class Exports(Protocol):
+    """What this command needs of a service, be it far away or in this process."""
+
+    def start(self, body: Mapping[str, Any], idempotency_key: str | None) -> OperationReference: ...
+
+    def dry_run(self, body: Mapping[str, Any]) -> dict[str, Any]: ...
+
+    def watch(
+        self, operation_id: str, on_report: Callable[[OperationReport], None], say: Callable[[str], None]
+    ) -> OperationReport: ...
+
+
+def wait_for_end(exports: Exports, operation_id: str, *, as_json: bool, is_local: bool = False) -> ExitCode:
+    """Show the progress of an operation until it has ended; Ctrl-C ends only the watching."""
+    try:
+        with OperationProgress() as progress:
+            report = exports.watch(operation_id, progress.show, progress.say)
+    except KeyboardInterrupt:
+        goes_on = (
+            "The next `dicom-depot serve` or `dicom-depot export --local` on this data folder goes on with it."
+            if is_local
+            else f"It goes on in the service. Follow it: dicom-depot operations watch {operation_id}; "
+            f"stop it: dicom-depot operations cancel {operation_id}"
+        )
+        err.print(f"Interrupted; operation {operation_id} is not. {goes_on}", highlight=False, soft_wrap=True)
+        return ExitCode.INTERRUPTED
+    return tell_end(report, as_json=as_json)
+
+
+def export_body(identifiers: list[str] | None, destination: Mapping[str, Any]) -> dict[str, Any]:
+    """The request as the API takes it. None: everything."""
+    body: dict[str, Any] = {}
+    if identifiers is not None:
+        body["source"] = {"type": "identifiers", "settings": {"values": identifiers}}
+    return body | {"destination": destination}
+
+
+def parse_destination(text: str, container: str | None) -> dict[str, Any]:
+    """`--to` as the API's `destination`. Raises InvalidRequest, which never holds the text: it may be a secret."""
+    is_url = text.lower().startswith(("http://", "https://"))
+    is_folder = text.lower().startswith(_FOLDER_SCHEME)
+    if container is not None and (is_url or is_folder):
+        raise InvalidRequest("--container belongs to a connection string; a URL names its container itself.")
+    if is_url:
+        return {"type": "azureBlob", "settings": {"blobContainerUri": text}}
+    if is_folder:
+        folder = text[len(_FOLDER_SCHEME) :]
+        if folder.startswith("/"):
+            raise InvalidRequest(
+                f"A folder destination lies below the service's export root ({PREFIX}EXPORT_ROOT), so it is relative: "
+                "--to file:research/2024"
+            )
+        return {"type": "file", "settings": {"folder": folder}}
+    if "=" not in text:
+        raise InvalidRequest(f"The destination is none of these: {_FORMS}.")
+    if container is None:
+        raise InvalidRequest("A connection string does not name a container: add --container NAME.")
+    return {"type": "azureBlob", "settings": {"connectionString": text, "blobContainerName": container}}
+
+
+def _read_destination(to: str | None) -> str:
+    if to == _STDIN:
+        # A terminal must not show it; a pipe has it in its first line.
+        to = getpass.getpass("Destination (not shown): ") if sys.stdin.isatty() else sys.stdin.readline()
+    if to is None or not to.strip():
+        raise InvalidRequest(f"Name the destination with --to or {DESTINATION_VARIABLE}: {_FORMS}.")
+    return to.strip()
+
+
+def _read_identifiers(
+    given: list[str], list_file: str | None, *, everything: bool, is_stdin_taken: bool
+) -> list[str] | None:
+    """The identifiers, checked; None for everything, which must be asked for. Raises InvalidRequest."""
+    named = [text for text in given if text != _STDIN]
+    reads_stdin = len(named) < len(given) or list_file == _STDIN
+    if everything:
+        if given or list_file is not None:
+            raise InvalidRequest("Give either identifiers or --all, not both.")
+        return None
+    if not given and list_file is None:
+        raise InvalidRequest(
+            "Say what to export: identifiers (STUDY[/SERIES[/INSTANCE]]), --from FILE, or --all. Nothing is exported "
+            "by default, so that a forgotten argument does not copy a whole archive."
+        )
+    if reads_stdin and is_stdin_taken:
+        raise InvalidRequest(
+            "Identifiers and --to cannot both come from standard input: "
+            f"set {DESTINATION_VARIABLE}, or put the identifiers into a file (--from FILE)."
+        )
+    for text in named:
+        _check_identifier(text, "")
+    if list_file is not None and list_file != _STDIN:
+        try:
+            named += _parse_list(Path(list_file).read_text(encoding="utf-8").splitlines(), list_file)
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+            raise InvalidRequest(f"{list_file} cannot be read: {reason}.") from None
+    if reads_stdin:
+        named += _parse_list(sys.stdin, "standard input")
+    if not named:
+        raise InvalidRequest("The list has no identifiers. --all exports everything.")
+    return named
+
+
+def _parse_list(lines: Iterable[str], name: str) -> Iterator[str]:
+    for number, line in enumerate(lines, 1):
+        text = line.partition("#")[0].strip()
+        if text:
+            _check_identifier(text, f"{name}, line {number}: ")
+            yield text
+
+
+def _check_identifier(text: str, place: str) -> None:
+    try:
+        parse_identifier(text)
+    except InvalidIdentifier as error:
+        raise InvalidRequest(place + error.message) from None
+
+
+def _tell_dry_run(counted: dict[str, Any], *, as_json: bool) -> ExitCode:
+    unmatched = counted["unmatched"]
+    if as_json:
+        print_json(counted)
+    else:
+        typer.echo(f"This would copy {counted['count']:,} instances, {decimal(counted['bytes'])}.")
+        if unmatched:
+            typer.echo(f"Identifiers that match nothing and would be skipped: {len(unmatched):,}")
+            for text in unmatched[:_UNMATCHED_SHOWN]:
+                typer.echo(f"  {text}")
+            if len(unmatched) > _UNMATCHED_SHOWN:
+                typer.echo(f"  and {len(unmatched) - _UNMATCHED_SHOWN:,} more; --json lists all")
+    return ExitCode.SOME_SKIPPED if unmatched else ExitCode.OK
+
+
+@contextmanager
+def _opened(settings: Settings, url: str | None, *, in_process: bool) -> Iterator[Exports]:
+    if in_process:
+        set_up_logging("ERROR" if settings.log_level == "ERROR" else "WARNING")  # progress tells the rest
+        opened = wiring.open_service(settings)
+        try:
+            yield _LocalExports(opened)
+        finally:
+            opened.close()
+        return
+    client = ServiceClient(service_url(url, settings))
+    try:
+        yield client
+    finally:
+        client.close()
+
+
+class _LocalExports:
+    """`Exports` on a service that was opened in this process: the same answers, without HTTP."""
+
+    def __init__(self, service: wiring.Service) -> None:
+        self._service = service
+
+    def start(self, body: Mapping[str, Any], idempotency_key: str | None) -> OperationReference:
+        operation = self._service.exports.start(self._specification(body), idempotency_key)
+        return OperationReference(operation.id, "")
+
+    def dry_run(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        return dry_run_result(self._service.exports.dry_run(self._specification(body))).to_json()
+
+    def watch(
+        self, operation_id: str, on_report: Callable[[OperationReport], None], say: Callable[[str], None]
+    ) -> OperationReport:
+        while True:
+            operation = self._service.exports.get(OperationId(operation_id))
+            report = OperationReport.parse(operation_state(operation, 2).to_json())
+            on_report(report)
+            if report.is_ended:
+                return report
+            time.sleep(_LOCAL_PAUSE_SECONDS)
+
+    def _specification(self, body: Mapping[str, Any]) -> ExportSpecification:
+        content = bodies.parse_json(json.dumps(body).encode())
+        identifiers = bodies.parse_source(content, self._service.settings.max_identifiers)
+        return ExportSpecification(identifiers, bodies.parse_destination(content, self._service.exports.destinations))

@@ -1,0 +1,326 @@
+"""The promises of `ports.InstanceIndex`, as tests that every index inherits. See `testing.contracts` for how."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import threading
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from typing import Generic, TypeVar
+
+from dicom_depot.domain.identifiers import InstanceRef, Ref, parse_identifier
+from dicom_depot.domain.instance import InstanceHeader, InstanceRecord
+from dicom_depot.ports import AddOutcome, IndexEntry, InstanceIndex, KnownInstance
+
+IndexT = TypeVar("IndexT", bound=InstanceIndex)
+
+_STORED, _THERE, _CONFLICT = AddOutcome.STORED, AddOutcome.ALREADY_THERE, AddOutcome.CONFLICTING
+_WRITERS = 4
+_LATER = timedelta(hours=1)
+_keys = itertools.count()
+
+
+def make_record(identifier: str, content: str = "bytes", *, size: int = 100, xxh3: int = 7) -> InstanceRecord:
+    """The record of an instance whose bytes are told apart by `content`."""
+    header = InstanceHeader(_instance(identifier), "1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.1.2.1", {})
+    return InstanceRecord(header, f"key/{next(_keys)}", size, hashlib.sha256(content.encode()).digest(), xxh3)
+
+
+class InstanceIndexContract(Generic[IndexT]):
+    """What every InstanceIndex keeps."""
+
+    def make_index(self) -> IndexT:
+        """An empty index of its own for the test that asks."""
+        raise NotImplementedError
+
+    def test_what_was_added_is_found_with_checksum_and_size(self) -> None:
+        index = self.make_index()
+        first, second = make_record("1/2/3", "a", size=5), make_record("1/2/4", "b", size=0)
+        assert index.add([first, second]) == [_STORED, _STORED]
+        unknown = [_instance("1/2/5"), _instance("1/3/3"), _instance("2/2/3")]
+        found = index.find([*unknown, first.ref, second.ref, first.ref])
+        assert found == {first.ref: KnownInstance(first.sha256, 5), second.ref: KnownInstance(second.sha256, 0)}
+        assert index.find([]) == {}
+        assert index.add([]) == []
+
+    def test_the_same_bytes_are_there_already_and_other_bytes_conflict(self) -> None:
+        index = self.make_index()
+        original = make_record("1/2/3", "a")
+        index.add([original])
+        assert index.add([make_record("1/2/3", "a"), make_record("1/2/4"), make_record("1/2/3", "b")]) == [
+            _THERE,
+            _STORED,
+            _CONFLICT,
+        ]
+        assert index.find([original.ref])[original.ref].sha256 == original.sha256
+        assert index.scan(0, 10)[0].store_key == original.store_key
+        assert len(index.scan(0, 10)) == 2
+
+    def test_of_records_with_the_same_identifiers_in_one_call_the_first_wins(self) -> None:
+        index = self.make_index()
+        records = [
+            make_record("1/2/3", "a"),
+            make_record("1/2/3", "b"),
+            make_record("1/2/3", "a"),
+            make_record("1/2/4"),
+        ]
+        assert index.add(records) == [_STORED, _CONFLICT, _THERE, _STORED]
+        assert [entry.store_key for entry in index.scan(0, 10)] == [records[0].store_key, records[3].store_key]
+
+    def test_an_instance_is_known_by_all_three_identifiers(self) -> None:
+        index = self.make_index()
+        everywhere = ["1/2/3", "1/9/3", "9/2/3", "1.2/2/3", "01/2/3", "1/2/03"]
+        assert index.add([make_record(each, each) for each in everywhere]) == [_STORED] * len(everywhere)
+        assert len(index.find([_instance(each) for each in everywhere])) == len(everywhere)
+        assert index.delete(_ref("1")) == 3  # 1.2 and 01 are other studies
+
+    def test_thousands_of_records_and_identifiers_fit_in_one_call(self) -> None:
+        index = self.make_index()
+        records = [make_record(f"{n % 7}/{n % 50}/{n}", str(n)) for n in range(2500)]
+        assert set(index.add(records)) == {_STORED}
+        refs = [record.ref for record in records]
+        assert index.find(refs).keys() == set(refs)
+        assert index.unmatched([*refs, _instance("9/9/9")], index.sequence()) == [_instance("9/9/9")]
+        assert len(_selected(index, refs, index.sequence(), 1000)) == 2500
+
+    def test_each_store_and_delete_takes_one_number_and_nothing_else_does(self) -> None:
+        index = self.make_index()
+        start = index.sequence()
+        index.add([make_record("1/2/3"), make_record("1/2/4"), make_record("1/2/3")])
+        assert index.sequence() == start + 2
+        index.add([make_record("1/2/3"), make_record("1/2/4", "other")])
+        assert index.sequence() == start + 2
+        assert index.delete(_instance("1/2/3")) == 1
+        assert index.sequence() == start + 3
+        assert index.delete(_instance("1/2/3")) == 0
+        assert index.sequence() == start + 3
+
+    def test_delete_takes_what_lies_below_and_may_be_repeated(self) -> None:
+        index = self.make_index()
+        identifiers = ["1/2/3", "1/2/4", "1/3/5", "1/4/6", "2/2/3"]
+        index.add([make_record(each, each) for each in identifiers])
+        for text, count in (("1/2/3", 1), ("1/2", 1), ("1", 2), ("1", 0), ("7/8/9", 0), ("2/3", 0)):
+            assert index.delete(parse_identifier(text)) == count, text
+        assert [str(ref) for ref in index.find([_instance(each) for each in identifiers])] == ["2/2/3"]
+        deleted = {entry.identifier for entry in index.scan(0, 10) if entry.is_deleted}
+        assert deleted == {"1/2/3", "1/2/4", "1/3/5", "1/4/6"}
+
+    def test_a_cutoff_shows_the_index_as_it_was_then(self) -> None:
+        index = self.make_index()
+        visible: set[str] = set()
+        history: list[tuple[int, set[str]]] = [(index.sequence(), set())]
+        for text in ("+1/2/3", "+1/2/4", "-1/2/3", "+2/2/3", "+1/2/3", "-1", "-2/2", "+1/2/4", "-1/2/4", "+1/2/4"):
+            identifier = text[1:]
+            if text[0] == "+":
+                assert index.add([make_record(identifier, text)]) == [_STORED]
+                visible.add(identifier)
+            else:
+                index.delete(parse_identifier(identifier))
+                visible -= {each for each in visible if f"{each}/".startswith(f"{identifier}/")}
+            history.append((index.sequence(), set(visible)))
+        questions = [parse_identifier(each) for each in ("1", "2", "1/2", "2/2", "1/2/3", "1/2/4", "2/2/3", "3")]
+        for cutoff, then in history:
+            assert index.totals(cutoff) == (len(then), 100 * len(then))
+            assert _identifiers(index, _selected(index, None, cutoff, 2)) == sorted(then)
+            below = {str(ref): any(f"{each}/".startswith(f"{ref}/") for each in then) for ref in questions}
+            assert [str(ref) for ref in index.unmatched(questions, cutoff)] == [
+                text for text, is_matched in below.items() if not is_matched
+            ]
+            for ref in questions:
+                expected = sorted(each for each in then if f"{each}/".startswith(f"{ref}/"))
+                assert _identifiers(index, _selected(index, [ref], cutoff, 2)) == expected
+
+    def test_what_is_stored_again_after_a_delete_is_a_new_instance(self) -> None:
+        index = self.make_index()
+        old, new = make_record("1/2/3", "old", size=1), make_record("1/2/3", "new", size=2)
+        index.add([old])
+        before = index.sequence()
+        index.delete(old.ref)
+        between = index.sequence()
+        assert index.add([new]) == [_STORED]
+        [[old_id], [], [new_id]] = [_selected(index, None, cutoff, 9) for cutoff in (before, between, index.sequence())]
+        assert old_id != new_id
+        assert [each.store_key for each in index.fetch([new_id, old_id])] == [new.store_key, old.store_key]
+        assert index.find([old.ref])[old.ref].size == 2
+
+    def test_every_page_size_selects_each_instance_once_in_the_same_order(self) -> None:
+        index = self.make_index()
+        identifiers = [f"{study}/{series}/{n}" for study in (1, 2, 3) for series in (1, 2) for n in range(study + 1)]
+        index.add([make_record(each, each) for each in identifiers])
+        index.delete(_instance("2/1/1"))
+        cutoff = index.sequence()
+        index.add([make_record("2/1/1"), make_record("1/1/99")])  # after the cut-off
+        selections: list[tuple[Sequence[Ref] | None, int]] = [
+            (None, 17),
+            ([_ref("3"), _ref("1")], 12),
+            ([_ref("2/1"), _ref("1/2"), _ref("9/9")], 4),
+            ([_ref("2/2/1"), _ref("1/1/0"), _ref("2/1/1"), _ref("3/2/3")], 3),
+            ([_ref("9")], 0),
+        ]
+        for refs, count in selections:
+            whole = _selected(index, refs, cutoff, 1000)
+            assert len(whole) == len(set(whole)) == count, refs
+            for limit in range(1, 20):
+                assert _selected(index, refs, cutoff, limit) == whole, (refs, limit)
+
+    def test_paging_is_not_disturbed_by_what_is_stored_and_deleted_meanwhile(self) -> None:
+        index = self.make_index()
+        identifiers = [f"{n % 3}/{n % 5}/{n:03}" for n in range(60)]
+        index.add([make_record(each, each) for each in identifiers])
+        cutoff = index.sequence()
+        for refs in (None, [_ref(str(n)) for n in range(3)], [_ref(each) for each in identifiers]):
+            expected = _selected(index, refs, cutoff, 1000)
+            found: list[int] = []
+            after = None
+            for number in itertools.count():
+                page = index.select(refs, cutoff, after, 7)
+                found += [instance.instance_id for instance in page.instances]
+                if page.resume_after is None:
+                    break
+                after = page.resume_after
+                index.add([make_record(f"{number % 3}/{number % 5}/{n:03}.5", f"{number}") for n in range(0, 60, 7)])
+                index.delete(_ref(identifiers[number]))
+                index.delete(_ref(identifiers[-1 - number]))
+                index.add([make_record(identifiers[number], "again")])
+            assert found == expected
+
+    def test_unmatched_keeps_the_order_it_was_asked_in(self) -> None:
+        index = self.make_index()
+        index.add([make_record("1/2/3")])
+        asked = ["9", "1", "1/9", "1/2", "8/8/8", "1/2/3", "1/2/9", "2/2/3", "1/3/3", "9/9"]
+        expected = [_ref(each) for each in ("9", "1/9", "8/8/8", "1/2/9", "2/2/3", "1/3/3", "9/9")]
+        assert index.unmatched([_ref(each) for each in asked], index.sequence()) == expected
+        assert index.unmatched([], index.sequence()) == []
+
+    def test_fetch_returns_rows_in_the_order_asked_and_checksums_unchanged(self) -> None:
+        index = self.make_index()
+        checksums = [0, 1, (1 << 63) - 1, 1 << 63, (1 << 64) - 1]
+        records = [make_record(f"1/2/{n}", xxh3=xxh3, size=n) for n, xxh3 in enumerate(checksums)]
+        index.add(records)
+        ids = _selected(index, None, index.sequence(), 100)
+        index.delete(_ref("1"))
+        rows = index.fetch([*reversed(ids), 10**9])
+        assert [row.xxh3 for row in rows] == checksums[::-1]
+        assert [(row.identifier, row.store_key, row.size, row.instance_id) for row in rows] == [
+            (str(record.ref), record.store_key, record.size, id_)
+            for record, id_ in zip(reversed(records), reversed(ids), strict=True)
+        ]
+        assert index.fetch([]) == []
+
+    def test_scan_walks_all_rows_by_id(self) -> None:
+        index = self.make_index()
+        records = [make_record(f"1/2/{n}", str(n), size=n) for n in range(7)]
+        index.add(records)
+        index.delete(_ref("1/2/3"))
+        for limit in range(1, 9):
+            entries: list[IndexEntry] = []
+            while page := index.scan(entries[-1].instance_id if entries else 0, limit):
+                assert len(page) <= limit
+                entries += page
+            assert [(each.identifier, each.store_key, each.size, each.sha256) for each in entries] == [
+                (str(record.ref), record.store_key, record.size, record.sha256) for record in records
+            ]
+            assert [each.is_deleted for each in entries] == [False, False, False, True, False, False, False]
+
+    def test_only_what_was_deleted_long_enough_ago_and_no_export_needs_is_swept(self) -> None:
+        index = self.make_index()
+        records = [make_record(f"1/2/{n}", str(n)) for n in range(4)]
+        index.add(records)
+        index.delete(records[0].ref)
+        cutoff = index.sequence()  # an export that begins here does not see 0, and sees 1
+        index.delete(records[1].ref)
+        now = datetime.now(UTC)
+        assert index.sweepable(now - _LATER, None, 10) == []
+        keys = [[key for _, key in index.sweepable(now + _LATER, oldest, 10)] for oldest in (None, cutoff, cutoff - 1)]
+        assert keys == [[records[0].store_key, records[1].store_key], [records[0].store_key], []]
+        assert len(index.sweepable(now + _LATER, None, 1)) == 1
+
+    def test_forgotten_rows_are_gone_for_good_and_can_come_again(self) -> None:
+        index = self.make_index()
+        record = make_record("1/2/3")
+        index.add([record, make_record("1/2/4")])
+        index.delete(record.ref)
+        [(id_, key)] = index.sweepable(datetime.now(UTC) + _LATER, None, 10)
+        assert key == record.store_key
+        for _ in range(2):
+            index.forget([id_])
+        assert index.fetch([id_]) == []
+        assert [entry.identifier for entry in index.scan(0, 10)] == ["1/2/4"]
+        assert index.sweepable(datetime.now(UTC) + _LATER, None, 10) == []
+        assert index.add([make_record("1/2/3", "again")]) == [_STORED]
+
+    def test_what_has_a_number_up_to_a_cutoff_that_was_read_is_all_that_ever_will(self) -> None:
+        index = self.make_index()
+        writing = threading.Event()
+        seen: list[tuple[int, tuple[int, int]]] = []
+
+        def read() -> None:
+            while not writing.is_set():
+                cutoff = index.sequence()
+                seen.append((cutoff, index.totals(cutoff)))
+
+        def write(writer: int) -> int:
+            taken = 0
+            for number in range(25):
+                own = [make_record(f"1/{writer}/{number}.{n}", str(n)) for n in range(1 + number % 5)]
+                shared = [make_record(f"2/1/{number}.{n}", str(n)) for n in range(3)]
+                taken += index.add([*own, *shared]).count(_STORED)
+                if number % 4 == 0:
+                    taken += index.delete(own[0].ref)
+            return taken
+
+        with ThreadPoolExecutor(_WRITERS + 1) as pool:
+            reader = pool.submit(read)
+            taken = sum(pool.map(write, range(_WRITERS)))
+            writing.set()
+            reader.result()
+        assert index.sequence() == taken, "a number is missing"
+        for cutoff, totals in seen:
+            assert index.totals(cutoff) == totals, "something appeared or vanished below a cut-off"
+
+    def test_of_threads_that_add_the_same_instances_one_stores_each(self) -> None:
+        index = self.make_index()
+
+        def write(writer: int) -> list[AddOutcome]:
+            numbers = list(range(120))
+            for_this = numbers if writer % 2 else numbers[::-1]
+            outcomes: dict[int, AddOutcome] = {}
+            for start in range(0, 120, 10):
+                batch = for_this[start : start + 10]
+                added = index.add([make_record(f"1/2/{n}", "same") for n in batch])
+                outcomes |= dict(zip(batch, added, strict=True))
+            return [outcomes[n] for n in numbers]
+
+        with ThreadPoolExecutor(_WRITERS) as pool:
+            by_instance = list(zip(*pool.map(write, range(_WRITERS)), strict=True))
+        assert all(sorted(outcomes) == [_THERE] * (_WRITERS - 1) + [_STORED] for outcomes in by_instance)
+
+
+def _ref(text: str) -> Ref:
+    return parse_identifier(text)
+
+
+def _instance(text: str) -> InstanceRef:
+    ref = parse_identifier(text)
+    assert isinstance(ref, InstanceRef)
+    return ref
+
+
+def _selected(index: InstanceIndex, refs: Sequence[Ref] | None, cutoff: int, limit: int) -> list[int]:
+    """The internal ids of a whole selection, page by page; each page within its limit."""
+    found: list[int] = []
+    after = None
+    while True:
+        page = index.select(refs, cutoff, after, limit)
+        assert len(page.instances) <= limit
+        found += [instance.instance_id for instance in page.instances]
+        if page.resume_after is None:
+            return found
+        assert page.resume_after != after, "a page that does not move on"
+        after = page.resume_after
+
+
+def _identifiers(index: InstanceIndex, ids: Iterable[int]) -> list[str]:
+    return sorted(row.identifier for row in index.fetch(list(ids)))
