@@ -30,6 +30,12 @@ COMMANDS = (
     "operations show",
     "operations watch",
     "operations cancel",
+    "operations resume",
+    "identity",
+    "identity show",
+    "identity enable",
+    "identity disable",
+    "identity check",
     "check",
     "settings",
     "migrate",
@@ -76,7 +82,7 @@ def test_the_help_is_as_it_was(helps: dict[str, str], command: str) -> None:
 
 
 def test_no_command_is_without_a_snapshot(helps: dict[str, str]) -> None:
-    for group in ("", "operations"):
+    for group in ("", "operations", "identity"):
         listed = helps[group].partition("Commands")[2]
         names = [line.split()[1] for line in listed.splitlines() if line[:2] == "│ " and line[2] != " "]
         assert names

@@ -22,6 +22,7 @@ from dicom_depot.domain.operation import OperationError, OperationStatus
 
 _T = TypeVar("_T")
 
+TOKEN_VARIABLE = PREFIX + "TOKEN"
 OUTAGE_SECONDS_MAX = 60.0
 """How long a watch bears a service that does not answer."""
 
@@ -110,14 +111,21 @@ class OperationReport:
 class ServiceClient:
     """Talks to one running service. Raises ServiceUnreachable and RequestRefused."""
 
-    def __init__(self, url: str, transport: httpx.BaseTransport | None = None) -> None:
-        """url: the base, e.g. http://127.0.0.1:8080. Raises InvalidRequest when it is none."""
+    def __init__(self, url: str, transport: httpx.BaseTransport | None = None, *, token: str | None = None) -> None:
+        """url: the base, e.g. http://127.0.0.1:8080. token: a bearer token, for a service that asks for one.
+
+        Raises InvalidRequest when the base is none, or the token would go over the network unencrypted.
+        """
         base = _parse_base(url)
+        if token is not None and base.scheme != "https" and not _is_loopback(base.host):
+            raise InvalidRequest("An access token goes over https:// only.", target="--service")
         self._base = str(base).rstrip("/")
         self.shown_url = str(base.copy_with(userinfo=b"")).rstrip("/")
         self._http = httpx.Client(
             timeout=httpx.Timeout(_READ_SECONDS, connect=_CONNECT_SECONDS),
+            headers={} if token is None else {"Authorization": f"Bearer {token}"},
             trust_env=not _is_loopback(base.host),  # a proxy of the environment cannot reach this machine's own ports
+            verify=httpx.create_ssl_context(),  # with the environment's SSL_CERT_FILE, if it names one
             transport=transport,
         )
 
@@ -163,6 +171,16 @@ class ServiceClient:
         """Order the operation to stop. Raises RequestRefused (409) when it has ended otherwise."""
         answer = self._send("POST", f"/v2/operations/{quote(operation_id, safe='')}/cancel")
         return self._read(answer, OperationReport.parse)
+
+    def resume(self, operation_id: str, destination: Mapping[str, Any] | None = None) -> OperationReport:
+        """Let a failed or canceled operation go on. destination: the same once more, where its secret was erased."""
+        path = f"/v2/operations/{quote(operation_id, safe='')}/resume"
+        body = {} if destination is None else {"json": {"destination": destination}}
+        return self._read(self._send("POST", path, _START_SECONDS, **body), OperationReport.parse)
+
+    def ask(self, method: str, path: str, body: object = None) -> dict[str, Any]:
+        """The answer to any other request."""
+        return self._read(self._send(method, path, _READ_SECONDS * 2, json=body), dict)
 
     def watch(
         self, operation_id: str, on_report: Callable[[OperationReport], None], say: Callable[[str], None]
@@ -220,7 +238,10 @@ class ServiceClient:
                 retry_after_seconds=_retry_after(answer, _RETRY_SECONDS),
             )
         if answer.status_code >= 400:
-            raise RequestRefused(answer.status_code, *_error_of(answer))
+            code, message, target = _error_of(answer)
+            if answer.status_code == 401:
+                message += f" Put an access token for this service into {TOKEN_VARIABLE}."
+            raise RequestRefused(answer.status_code, code, message, target)
         return answer
 
     def _read(self, answer: httpx.Response, parse: Callable[[Any], _T]) -> _T:
@@ -249,7 +270,8 @@ def service_url(given: str | None, settings: Settings) -> str:
     if settings.port == 0:
         raise InvalidRequest(f"The service's port is not known ({PREFIX}PORT is 0): give its address with --service.")
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)  # noqa: S104  (it is replaced)
-    return f"http://[{host}]:{settings.port}" if ":" in host else f"http://{host}:{settings.port}"
+    scheme = "http" if settings.tls_cert is None else "https"
+    return f"{scheme}://[{host}]:{settings.port}" if ":" in host else f"{scheme}://{host}:{settings.port}"
 
 
 def _parse_base(url: str) -> httpx.URL:

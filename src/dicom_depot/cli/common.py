@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import IntEnum
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 
 from dicom_depot import config
+from dicom_depot.cli.client import TOKEN_VARIABLE
 from dicom_depot.config import Settings, Source
 from dicom_depot.domain.errors import DepotError
 
@@ -36,6 +37,23 @@ def fail(message: str, code: ExitCode) -> NoReturn:
     """Say what went wrong on stderr and end the command."""
     err.print(f"[bold red]error:[/] {_escaped(message)}", highlight=False, soft_wrap=True)
     raise typer.Exit(int(code))
+
+
+ServiceOption = Annotated[
+    str | None,
+    typer.Option(
+        "--service", metavar="URL", help="The running service. Default: the public URL or host and port of settings."
+    ),
+]
+TokenOption = Annotated[
+    str | None,
+    typer.Option(
+        "--token",
+        metavar="TOKEN",
+        envvar=TOKEN_VARIABLE,
+        help="Access token, where the service asks for one; better in the environment than in the shell's history.",
+    ),
+]
 
 
 @contextmanager

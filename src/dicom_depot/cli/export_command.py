@@ -19,7 +19,7 @@ from rich.filesize import decimal
 
 from dicom_depot import wiring
 from dicom_depot.cli.client import OperationReference, OperationReport, ServiceClient, service_url
-from dicom_depot.cli.common import ExitCode, err, fail, load_settings, print_json
+from dicom_depot.cli.common import ExitCode, ServiceOption, TokenOption, err, fail, load_settings, print_json
 from dicom_depot.cli.progress import OperationProgress, explained_answers, tell_end
 from dicom_depot.config import PREFIX, Settings
 from dicom_depot.domain.errors import InvalidIdentifier, InvalidRequest
@@ -67,15 +67,19 @@ def export(
     container: Annotated[
         str | None, typer.Option(metavar="NAME", help="Container, when --to is a connection string.")
     ] = None,
+    managed_identity: Annotated[
+        bool,
+        typer.Option(
+            "--managed-identity", help="Sign in to the container of --to as the service: no secret is needed."
+        ),
+    ] = False,
     wait: Annotated[bool, typer.Option("--wait", help="Show progress until the export has ended.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count what would be copied; write nothing.")] = False,
     in_process: Annotated[
         bool, typer.Option("--local", help="Run the export in this process, without a service; waits for its end.")
     ] = False,
-    service: Annotated[
-        str | None,
-        typer.Option(metavar="URL", help="The running service. Default: the public URL or host and port of settings."),
-    ] = None,
+    service: ServiceOption = None,
+    token: TokenOption = None,
     idempotency_key: Annotated[
         str | None,
         typer.Option(metavar="KEY", help="The same key with the same export starts it once, however often it is sent."),
@@ -96,13 +100,13 @@ def export(
     try:
         body = export_body(
             _read_identifiers(identifiers or [], list_file, everything=everything, is_stdin_taken=to == _STDIN),
-            parse_destination(_read_destination(to), container),
+            parse_destination(read_destination(to), container, managed_identity=managed_identity),
         )
         if in_process and service is not None:
             raise InvalidRequest("Give either --local or --service, not both.")
     except InvalidRequest as error:
         fail(error.message, ExitCode.USAGE)
-    with explained_answers(as_json=as_json), _opened(settings, service, in_process=in_process) as exports:
+    with explained_answers(as_json=as_json), _opened(settings, service, token, in_process=in_process) as exports:
         if dry_run:
             raise typer.Exit(_tell_dry_run(exports.dry_run(body), as_json=as_json))
         operation = exports.start(body, idempotency_key)
@@ -152,14 +156,17 @@ def export_body(identifiers: list[str] | None, destination: Mapping[str, Any]) -
     return body | {"destination": destination}
 
 
-def parse_destination(text: str, container: str | None) -> dict[str, Any]:
+def parse_destination(text: str, container: str | None, *, managed_identity: bool = False) -> dict[str, Any]:
     """`--to` as the API's `destination`. Raises InvalidRequest, which never holds the text: it may be a secret."""
     is_url = text.lower().startswith(("http://", "https://"))
     is_folder = text.lower().startswith(_FOLDER_SCHEME)
     if container is not None and (is_url or is_folder):
         raise InvalidRequest("--container belongs to a connection string; a URL names its container itself.")
+    if managed_identity and not is_url:
+        raise InvalidRequest("--managed-identity goes with a container's URL: --to https://ACCOUNT.blob.../CONTAINER")
     if is_url:
-        return {"type": "azureBlob", "settings": {"blobContainerUri": text}}
+        signed_in = {"useManagedIdentity": True} if managed_identity else {}
+        return {"type": "azureBlob", "settings": {"blobContainerUri": text, **signed_in}}
     if is_folder:
         folder = text[len(_FOLDER_SCHEME) :]
         if folder.startswith("/"):
@@ -175,7 +182,7 @@ def parse_destination(text: str, container: str | None) -> dict[str, Any]:
     return {"type": "azureBlob", "settings": {"connectionString": text, "blobContainerName": container}}
 
 
-def _read_destination(to: str | None) -> str:
+def read_destination(to: str | None) -> str:
     if to == _STDIN:
         # A terminal must not show it; a pipe has it in its first line.
         to = getpass.getpass("Destination (not shown): ") if sys.stdin.isatty() else sys.stdin.readline()
@@ -250,7 +257,7 @@ def _tell_dry_run(counted: dict[str, Any], *, as_json: bool) -> ExitCode:
 
 
 @contextmanager
-def _opened(settings: Settings, url: str | None, *, in_process: bool) -> Iterator[Exports]:
+def _opened(settings: Settings, url: str | None, token: str | None, *, in_process: bool) -> Iterator[Exports]:
     if in_process:
         set_up_logging("ERROR" if settings.log_level == "ERROR" else "WARNING")  # progress tells the rest
         opened = wiring.open_service(settings)
@@ -259,7 +266,7 @@ def _opened(settings: Settings, url: str | None, *, in_process: bool) -> Iterato
         finally:
             opened.close()
         return
-    client = ServiceClient(service_url(url, settings))
+    client = ServiceClient(service_url(url, settings), token=token)
     try:
         yield client
     finally:

@@ -7,33 +7,30 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-import httpx
 import typer
 
 from dicom_depot import wiring
-from dicom_depot.cli.common import ExitCode, explained_errors, fail, load_settings, out, print_json
+from dicom_depot.cli.client import ServiceClient, service_url
+from dicom_depot.cli.common import (
+    ExitCode,
+    ServiceOption,
+    TokenOption,
+    explained_errors,
+    load_settings,
+    out,
+    print_json,
+)
 from dicom_depot.cli.settings_command import with_setting_flags
 from dicom_depot.config import Settings
-from dicom_depot.domain.errors import IdentityUnavailable, InvalidRequest, ServiceUnavailable
+from dicom_depot.domain.errors import IdentityUnavailable
 from dicom_depot.domain.identity import IdentityDescription
 from dicom_depot.export.destination_check import DestinationCheck, check_destination
 from dicom_depot.ports import ManagedIdentity
 
 app = typer.Typer(help="The managed identity that exports sign in with, and what it may do.", no_args_is_help=True)
 
-_SECONDS = 60.0
 _MARKS = {"passed": "passed", "failed": "FAILED", "notTried": "-"}
-_TOKEN_VARIABLE = "DICOM_DEPOT_TOKEN"  # noqa: S105  (the name of a variable)
 
-_ServiceOption = Annotated[
-    str | None,
-    typer.Option(
-        "--service", metavar="URL", help="The running service. Default: the public URL or host and port of settings."
-    ),
-]
-_TokenOption = Annotated[
-    str | None, typer.Option("--token", envvar=_TOKEN_VARIABLE, help="Access token, where the service asks for one.")
-]
 _LocalOption = Annotated[bool, typer.Option("--local", help="Work in this process, on the data folder.")]
 _JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object, as the API answers.")]
 _UriArgument = Annotated[
@@ -43,8 +40,8 @@ _UriArgument = Annotated[
 
 def show(
     context: typer.Context,
-    service: _ServiceOption = None,
-    token: _TokenOption = None,
+    service: ServiceOption = None,
+    token: TokenOption = None,
     local: _LocalOption = False,
     as_json: _JsonOption = False,
 ) -> None:
@@ -57,8 +54,8 @@ def show(
 
 def enable(
     context: typer.Context,
-    service: _ServiceOption = None,
-    token: _TokenOption = None,
+    service: ServiceOption = None,
+    token: TokenOption = None,
     local: _LocalOption = False,
     as_json: _JsonOption = False,
 ) -> None:
@@ -68,8 +65,8 @@ def enable(
 
 def disable(
     context: typer.Context,
-    service: _ServiceOption = None,
-    token: _TokenOption = None,
+    service: ServiceOption = None,
+    token: TokenOption = None,
     local: _LocalOption = False,
     as_json: _JsonOption = False,
 ) -> None:
@@ -80,8 +77,8 @@ def disable(
 def check(
     context: typer.Context,
     container_uri: _UriArgument,
-    service: _ServiceOption = None,
-    token: _TokenOption = None,
+    service: ServiceOption = None,
+    token: TokenOption = None,
     local: _LocalOption = False,
     as_json: _JsonOption = False,
 ) -> None:
@@ -178,29 +175,8 @@ def _print_state(state: dict[str, Any], *, as_json: bool) -> None:
 def _ask(
     settings: Settings, service: str | None, token: str | None, method: str, path: str, body: object = None
 ) -> dict[str, Any]:
-    """One request to the running service. Raises InvalidRequest with the service's words, ServiceUnavailable."""
-    base = (service or _service_url(settings)).rstrip("/")
-    headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+    client = ServiceClient(service_url(service, settings), token=token)
     try:
-        answer = httpx.request(method, base + path, json=body, headers=headers, timeout=_SECONDS)
-        content = dict(answer.json())
-    except (httpx.HTTPError, httpx.InvalidURL):
-        raise ServiceUnavailable(
-            f"No service answers at {base}. Start it with `dicom-depot serve`, name another with --service, or use "
-            "--local."
-        ) from None
-    except (ValueError, TypeError):
-        raise ServiceUnavailable(f"{base} answered something that is not a DICOM Depot's answer.") from None
-    if answer.status_code >= 400:
-        raise InvalidRequest(str(content.get("message", f"The service answered {answer.status_code}.")))
-    return content
-
-
-def _service_url(settings: Settings) -> str:
-    if settings.public_url is not None:
-        return settings.public_url
-    if settings.port == 0:
-        fail("The service's port is not known: it picks one. Name the service with --service.", ExitCode.USAGE)
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)  # noqa: S104  (it is replaced)
-    scheme = "http" if settings.tls_cert is None else "https"
-    return f"{scheme}://[{host}]:{settings.port}" if ":" in host else f"{scheme}://{host}:{settings.port}"
+        return client.ask(method, path, body)
+    finally:
+        client.close()

@@ -1,4 +1,4 @@
-"""`dicom-depot operations`: list, show, watch and cancel the exports of a running service."""
+"""`dicom-depot operations`: list, show, watch, cancel and resume the exports of a running service."""
 
 from __future__ import annotations
 
@@ -10,20 +10,14 @@ import typer
 from rich.filesize import decimal
 
 from dicom_depot.cli.client import OperationReport, ServiceClient, service_url
-from dicom_depot.cli.common import load_settings, print_json
-from dicom_depot.cli.export_command import wait_for_end
+from dicom_depot.cli.common import ServiceOption, TokenOption, load_settings, print_json
+from dicom_depot.cli.export_command import DESTINATION_VARIABLE, parse_destination, read_destination, wait_for_end
 from dicom_depot.cli.progress import explained_answers, summary_text
 from dicom_depot.cli.settings_command import with_setting_flags
 
-app = typer.Typer(help="List, show, watch and cancel exports of a running service.", no_args_is_help=True)
+app = typer.Typer(help="List, show, watch, cancel and resume exports of a running service.", no_args_is_help=True)
 
 _OperationArgument = Annotated[str, typer.Argument(metavar="ID", help="The operation's id.")]
-_ServiceOption = Annotated[
-    str | None,
-    typer.Option(
-        "--service", metavar="URL", help="The running service. Default: the public URL or host and port of settings."
-    ),
-]
 _JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object, as the API answers.")]
 
 
@@ -36,11 +30,12 @@ def list_operations(
         ),
     ] = None,
     limit: Annotated[int, typer.Option(min=1, metavar="N", help="How many, at most.")] = 20,
-    service: _ServiceOption = None,
+    service: ServiceOption = None,
+    token: TokenOption = None,
     as_json: _JsonOption = False,
 ) -> None:
     """List operations, newest first."""
-    with _client(context, service, as_json=as_json) as client:
+    with _client(context, service, token, as_json=as_json) as client:
         reports = client.page(status, limit)
     if as_json:
         print_json({"operations": [report.body for report in reports]})
@@ -53,18 +48,20 @@ def list_operations(
 def show_operation(
     context: typer.Context,
     operation_id: _OperationArgument,
-    service: _ServiceOption = None,
+    service: ServiceOption = None,
+    token: TokenOption = None,
     as_json: _JsonOption = False,
 ) -> None:
     """Show the state of one operation."""
-    with _client(context, service, as_json=as_json) as client:
+    with _client(context, service, token, as_json=as_json) as client:
         _show(client.get(operation_id), as_json=as_json)
 
 
 def watch_operation(
     context: typer.Context,
     operation_id: _OperationArgument,
-    service: _ServiceOption = None,
+    service: ServiceOption = None,
+    token: TokenOption = None,
     as_json: _JsonOption = False,
 ) -> None:
     """Show the progress of an operation until it has ended. Ctrl-C ends the watching, not the operation.
@@ -77,18 +74,19 @@ def watch_operation(
     5 canceled
     130 interrupted; the export goes on
     """
-    with _client(context, service, as_json=as_json) as client:
+    with _client(context, service, token, as_json=as_json) as client:
         raise typer.Exit(wait_for_end(client, operation_id, as_json=as_json))
 
 
 def cancel_operation(
     context: typer.Context,
     operation_id: _OperationArgument,
-    service: _ServiceOption = None,
+    service: ServiceOption = None,
+    token: TokenOption = None,
     as_json: _JsonOption = False,
 ) -> None:
     """Stop an operation. What it copied stays; an operation that has ended cannot be stopped (exit status 2)."""
-    with _client(context, service, as_json=as_json) as client:
+    with _client(context, service, token, as_json=as_json) as client:
         report = client.cancel(operation_id)
         if as_json:
             print_json(report.body)
@@ -98,20 +96,58 @@ def cancel_operation(
             typer.echo(f"Operation {report.id} is being canceled: it ends once what is being copied has been let go.")
 
 
+def resume_operation(
+    context: typer.Context,
+    operation_id: _OperationArgument,
+    to: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            envvar=DESTINATION_VARIABLE,
+            help="The operation's destination with a fresh secret, needed where the former one was erased: a "
+            "container's URL with its SAS, or a connection string with --container. `-` reads it from standard input.",
+        ),
+    ] = None,
+    container: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Container, when --to is a connection string.")
+    ] = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Show progress until the operation has ended.")] = False,
+    service: ServiceOption = None,
+    token: TokenOption = None,
+    as_json: _JsonOption = False,
+) -> None:
+    """Let an operation that failed or was canceled go on where it stopped: same id, folder, counts and log.
+
+    Exit status: as of `watch` with --wait; else 0, or 2 when the service refused it.
+    """
+    with _client(context, service, token, as_json=as_json) as client:
+        destination = None if to is None else parse_destination(read_destination(to), container)
+        report = client.resume(operation_id, destination)
+        if wait:
+            raise typer.Exit(wait_for_end(client, operation_id, as_json=as_json))
+        if as_json:
+            print_json(report.body)
+        else:
+            typer.echo(f"Operation {report.id} goes on. Follow it with: dicom-depot operations watch {report.id}")
+
+
 for _name, _command in (
     ("list", list_operations),
     ("show", show_operation),
     ("watch", watch_operation),
     ("cancel", cancel_operation),
+    ("resume", resume_operation),
 ):
     app.command(_name)(with_setting_flags(_command))
 
 
 @contextmanager
-def _client(context: typer.Context, service: str | None, *, as_json: bool) -> Iterator[ServiceClient]:
+def _client(
+    context: typer.Context, service: str | None, token: str | None, *, as_json: bool
+) -> Iterator[ServiceClient]:
     settings = load_settings(context)
     with explained_answers(as_json=as_json):
-        client = ServiceClient(service_url(service, settings))
+        client = ServiceClient(service_url(service, settings), token=token)
         try:
             yield client
         finally:
