@@ -70,9 +70,9 @@ def forms() -> dict[str, Bad]:
         ),
         "identity": Bad(
             azure(blobContainerUri="https://dicomexport.blob.core.windows.net/export", useManagedIdentity=True),
-            "ManagedIdentityUnavailable",
+            "ManagedIdentityDisabled",
             _IDENTITY,
-            ("no managed identity", "SAS"),
+            ("switched off", "dicom-depot identity enable"),
         ),
         "no sign-in": Bad(
             uri("<AZURITE>/<CONTAINER>"), "AnonymousAccessDisabled", _URI, ("SAS", "DICOM_DEPOT_EXPORT_ALLOW_ANONYMOUS")

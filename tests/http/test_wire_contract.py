@@ -105,7 +105,7 @@ def test_an_operation_that_is_not_there_is_404(depot: Depot, operation_id: str) 
     [
         ("127.0.0.1", "http://127.0.0.1:{port}"),
         ("localhost", "http://localhost:{port}"),
-        ("depot.example:8443", "http://depot.example:8443"),
+        ("localhost:8443", "http://localhost:8443"),
         ("[::1]:90", "http://[::1]:90"),
     ],
 )
@@ -122,7 +122,7 @@ def test_links_are_made_from_the_host_header_and_the_port_that_was_reached(
 
 def test_a_public_url_wins_over_the_host_header(other_depot: Depot) -> None:
     _, destination = other_depot.container()
-    answer = other_depot.client.post("/export", json=body(destination, "1.2.3"), headers={"Host": "elsewhere.example"})
+    answer = other_depot.client.post("/export", json=body(destination, "1.2.3"), headers={"Host": "localhost:1"})
     assert answer.headers["Location"] == f"{PUBLIC_URL}/v1/operations/{answer.json()['id']}"
     other_depot.service.wait(answer.json()["id"])
 

@@ -120,7 +120,7 @@ operations = sa.Table(
     sa.Column("log_bytes", sa.BigInteger(), nullable=False, server_default="0"),
     sa.Column("log_written_at", _time, nullable=False),
     sa.Column("generation", sa.Integer(), nullable=False, server_default="1"),
-    sa.Column("created_by", sa.String(512), nullable=False, server_default=""),
+    sa.Column("created_by", sa.String(512), nullable=False, server_default=sa.text("''")),
     sa.Index("ix_operations_created_at_id", "created_at", "id"),
 )
 

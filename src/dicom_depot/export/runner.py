@@ -102,6 +102,10 @@ class ExportRunner:
         self._watcher = threading.Thread(target=self._watch, name="export-watch", daemon=True)
         self._watcher.start()
 
+    def generation(self, operation_id: OperationId) -> int:
+        """The present generation of an operation; 0 when it was purged."""
+        return self._insist(operation_id, None, lambda: self._operations.get(operation_id).generation, gone=0)
+
     def begin(self, operation_id: OperationId, generation: int) -> StepResult:
         """Set a new operation running, or find where one that was interrupted or resumed stands."""
         nothing: list[int] = []
@@ -143,6 +147,7 @@ class ExportRunner:
                 operation_id,
                 generation,
                 lambda: self._operations.claim_chunk(operation_id, generation, number) is None,
+                gone=True,
             )
         return StepResult(queue or nothing, self.is_settled(operation_id, generation))
 
@@ -152,11 +157,12 @@ class ExportRunner:
             operation_id,
             generation,
             lambda: self._is_current(operation_id, generation) and self._operations.is_settled(operation_id),
+            gone=False,
         )
 
     def finish(self, operation_id: OperationId, generation: int) -> None:
         """Complete the log, then enter the terminal state and erase the secret."""
-        self._insist(operation_id, generation, lambda: self._finish(operation_id, generation))
+        self._insist(operation_id, generation, lambda: self._finish(operation_id, generation), gone=True)
         self._record_end(operation_id, generation)
 
     def stop(self, operation_id: OperationId) -> None:
@@ -282,11 +288,11 @@ class ExportRunner:
             else:
                 return
 
-    def _fail(self, operation_id: OperationId, generation: int, error: OperationError) -> None:
+    def _fail(self, operation_id: OperationId, generation: int | None, error: OperationError) -> None:
         operation = self._patiently(
             operation_id, lambda: self._operations.stop(operation_id, OperationStatus.FAILING, error, generation)
         )
-        if operation.generation == generation:
+        if generation in (None, operation.generation):
             self.stop(operation_id)
 
     def _opened(self, operation_id: OperationId, generation: int) -> _OpenExport:
@@ -319,7 +325,7 @@ class ExportRunner:
         return DestinationSpec(str(recorded["type"]), public, secret)
 
     def _guarded(
-        self, operation_id: OperationId, generation: int, step: Callable[[], _T], *, failed: _T, gone: _T
+        self, operation_id: OperationId, generation: int | None, step: Callable[[], _T], *, failed: _T, gone: _T
     ) -> _T:
         """Run a step. An error that no rule covers fails the operation, with the whole story in the service's log,
         instead of leaving it hanging; the answer is then `failed`. It is `gone` when the operation was purged.
@@ -335,12 +341,12 @@ class ExportRunner:
         except NotFound:
             return gone
 
-    def _insist(self, operation_id: OperationId, generation: int, step: Callable[[], bool]) -> bool:
+    def _insist(self, operation_id: OperationId, generation: int | None, step: Callable[[], _T], *, gone: _T) -> _T:
         """Run a step without which an operation would never end: after an error the operation fails, and the step is
         run again.
         """
         while True:
-            answer = self._guarded(operation_id, generation, step, failed=None, gone=False)
+            answer = self._guarded(operation_id, generation, step, failed=None, gone=gone)
             if answer is not None:
                 return answer
             if self._closed.wait(_OWN_TROUBLE_PAUSE_SECONDS):

@@ -22,6 +22,7 @@ _Follows = tuple[list[int], bool]
 class Steps(Protocol):
     """The durable steps: `export.runner.ExportRunner`, which lies above the test kit."""
 
+    def generation(self, operation_id: OperationId) -> int: ...
     def begin(self, operation_id: OperationId, generation: int) -> _Follows: ...
     def plan(self, operation_id: OperationId, generation: int) -> _Follows | None: ...
     def run_chunk(self, operation_id: OperationId, generation: int, number: int) -> _Follows: ...
@@ -60,17 +61,17 @@ class StepEngine:
         self._steps = 0
 
     def start(self, operation_id: OperationId) -> None:
-        self._start_plan(operation_id, self._generation(operation_id))
+        self._start_plan(operation_id, self._runner.generation(operation_id))
 
     def settle(self, operation_id: OperationId) -> None:
-        generation = self._generation(operation_id)
+        generation = self._runner.generation(operation_id)
         if self._runner.is_settled(operation_id, generation):
             self._start_finish(operation_id, generation)
 
     def take_over(self) -> None:
         """What an engine does at its launch: go on with every operation that has not ended."""
         for operation_id in self._operations.active():
-            generation = self._generation(operation_id)
+            generation = self._runner.generation(operation_id)
             self._start_plan(operation_id, generation)
             self._follow(operation_id, generation, self._runner.begin(operation_id, generation))
 
@@ -108,9 +109,6 @@ class StepEngine:
             self._begin(f"{operation_id}-{generation}-chunk-{number}", "chunk", operation_id, generation, number)
         if is_settled:
             self._start_finish(operation_id, generation)
-
-    def _generation(self, operation_id: OperationId) -> int:
-        return self._operations.get(operation_id).generation
 
     def _start_plan(self, operation_id: OperationId, generation: int) -> None:
         self._begin(f"{operation_id}-{generation}-plan", "plan", operation_id, generation)

@@ -97,10 +97,10 @@ class DbosEngine:
         threading.Thread(target=self._maintain, name="engine-maintenance", daemon=True).start()
 
     def start(self, operation_id: OperationId) -> None:
-        self._start_plan(operation_id, self._generation(operation_id))
+        self._start_plan(operation_id, self._runner.generation(operation_id))
 
     def settle(self, operation_id: OperationId) -> None:
-        generation = self._generation(operation_id)
+        generation = self._runner.generation(operation_id)
         if self._runner.is_settled(operation_id, generation):
             self._start_finish(operation_id, generation)
 
@@ -133,9 +133,6 @@ class DbosEngine:
             self._queue_chunk(operation_id, generation, number)
         if is_settled:
             self._start_finish(operation_id, generation)
-
-    def _generation(self, operation_id: OperationId) -> int:
-        return self._operations.get(operation_id).generation
 
     def _start_plan(self, operation_id: OperationId, generation: int) -> None:
         with SetWorkflowID(f"{operation_id}-{generation}-plan"):
@@ -172,7 +169,7 @@ class DbosEngine:
         together, and a workflow that met an error ended with it.
         """
         for operation_id in self._operations.active():
-            generation = self._generation(operation_id)
+            generation = self._runner.generation(operation_id)
             wanted = self._wanted(operation_id, generation)
             ended = DBOS.list_workflows(
                 workflow_ids=sorted(wanted), status=["SUCCESS", "ERROR"], load_input=False, load_output=False

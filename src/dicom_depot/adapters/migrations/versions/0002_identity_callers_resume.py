@@ -11,7 +11,9 @@ depends_on = None
 
 def upgrade() -> None:
     op.add_column("operations", sa.Column("generation", sa.Integer(), server_default="1", nullable=False))
-    op.add_column("operations", sa.Column("created_by", sa.String(length=512), server_default="", nullable=False))
+    op.add_column(
+        "operations", sa.Column("created_by", sa.String(length=512), server_default=sa.text("''"), nullable=False)
+    )
     op.create_table(
         "switches",
         sa.Column("name", sa.String(length=64), nullable=False),
