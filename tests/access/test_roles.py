@@ -76,7 +76,6 @@ def test_only_these_routes_are_open() -> None:
         "/partitions/{partition}/export",
         "/v1/partitions/{partition}/export",
         "/v2/partitions/{partition}/export",
-        "/v{version:int}/{path:path}",
     }
 
 

@@ -181,6 +181,21 @@ def test_what_is_no_address_of_a_service_is_refused(url: str) -> None:
         ServiceClient(url)
 
 
+def test_a_token_goes_over_https_or_to_this_machine_only() -> None:
+    service = Service(state("running"), state("running"))
+    for url in ("https://depot.example", "http://127.0.0.1:8080"):
+        ServiceClient(url, httpx.MockTransport(service), token="secret-token").get("abc")
+    assert [request.headers["Authorization"] for request in service.requests] == ["Bearer secret-token"] * 2
+    with pytest.raises(InvalidRequest, match="https"):
+        ServiceClient("http://depot.example", token="secret-token")
+
+
+def test_a_refused_token_is_explained() -> None:
+    refusal = httpx.Response(401, json={"code": "Unauthenticated", "message": "The token has expired.", "target": None})
+    with pytest.raises(RequestRefused, match=r"has expired. Put an access token .* into DICOM_DEPOT_TOKEN"):
+        Service(refusal).client().get("abc")
+
+
 def test_the_address_comes_from_the_settings_unless_given() -> None:
     assert service_url("http://given", Settings(port=1)) == "http://given"
     assert service_url(None, Settings(public_url="https://depot.example/dicom")) == "https://depot.example/dicom"

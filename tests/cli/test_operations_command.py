@@ -96,6 +96,27 @@ def test_cancel_of_one_that_has_ended_exits_with_2(ask: Invoke, depot: Depot) ->
     assert "ended already as succeeded" in result.stderr
 
 
+def test_a_canceled_one_is_resumed_with_its_destination_once_more(
+    ask: Invoke, depot: Depot, failing_instances: Callable[[Respond], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = depot.endpoint.container_url("resumed")
+    failing_instances(Respond(503, "ServerBusy"))
+    operation_id = depot.service.export(export_body(azure_destination(url), CT_STUDY)).json()["id"]
+    assert ask("operations", "cancel", operation_id).exit_code == 0
+    assert ask("operations", "watch", operation_id).exit_code == 5
+    without = ask("operations", "resume", operation_id)
+    assert without.exit_code == 2
+    assert "SecretErased" in without.stderr
+    elsewhere = ask("operations", "resume", operation_id, "--to", depot.endpoint.container_url("elsewhere"))
+    assert elsewhere.exit_code == 2
+    assert "DestinationDiffers" in elsewhere.stderr
+    depot.endpoint.clear_rules()
+    monkeypatch.setenv("DICOM_DEPOT_EXPORT_TO", url)
+    resumed = ask("operations", "resume", operation_id, "--wait")
+    assert resumed.exit_code == 0, resumed.output
+    assert depot.service.operation(operation_id)["results"]["exported"] == len(CT)
+
+
 def test_the_service_is_found_by_its_address_or_by_the_settings(invoke: Invoke, depot: Depot) -> None:
     url = depot.service.url
     assert invoke("operations", "list", "--service", url).exit_code == 0

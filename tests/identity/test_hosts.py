@@ -222,4 +222,4 @@ def test_the_commands_say_the_same(scene: Scene) -> None:
         assert json.loads(command("disable", "--json", *where).stdout) == {"status": "Off"}
     scene.endpoint.is_enabled = False
     assert "gave no token" in command("enable", "--local", code=4).stderr
-    assert "No service answers" in command("show", "--service=http://127.0.0.1:1", code=4).stderr
+    assert "cannot be reached" in command("show", "--service=http://127.0.0.1:1", code=4).stderr
