@@ -18,9 +18,9 @@ from dicom_depot.adapters.database import Database
 from dicom_depot.adapters.destination_guard import DestinationGuard
 from dicom_depot.adapters.destinations import Destinations
 from dicom_depot.adapters.folder_lock import FolderLock
+from dicom_depot.adapters.folder_store import FolderBlobStore
 from dicom_depot.adapters.index_sql import SqlIndex
 from dicom_depot.adapters.jwt_verifier import JwtVerifier
-from dicom_depot.adapters.local_folder import FolderBlobStore
 from dicom_depot.adapters.managed_identity import AzureManagedIdentity
 from dicom_depot.adapters.operations_sql import SqlOperations
 from dicom_depot.adapters.roles_file import read_roles

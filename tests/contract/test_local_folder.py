@@ -18,7 +18,8 @@ from typing import Any
 
 import pytest
 
-from dicom_depot.adapters.local_folder import MARKER_NAME, FolderBlobStore, FolderDestination, check_folder
+from dicom_depot.adapters.folder_destination import FolderDestination, check_folder
+from dicom_depot.adapters.folder_store import MARKER_NAME, FolderBlobStore
 from dicom_depot.domain.errors import (
     DestinationFault,
     DestinationRefused,
@@ -647,7 +648,7 @@ class TestKilledWriters:
             import os, sys
             from concurrent.futures import ThreadPoolExecutor
             from pathlib import Path
-            from dicom_depot.adapters.local_folder import FolderDestination
+            from dicom_depot.adapters.folder_destination import FolderDestination
 
             destination = FolderDestination(Path(sys.argv[1]), sys.argv[2])
             if sys.argv[3] == "parts":

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from dicom_depot.adapters.database import Database
+from dicom_depot.adapters.folder_store import FolderBlobStore
 from dicom_depot.adapters.index_sql import SqlIndex
-from dicom_depot.adapters.local_folder import FolderBlobStore
 from dicom_depot.domain.errors import ServiceUnavailable
 from dicom_depot.ports import BlobStore, InstanceIndex
 from dicom_depot.services.ingest import IngestProblem, IngestSummary, find_files, ingest

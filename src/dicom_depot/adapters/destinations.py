@@ -9,7 +9,7 @@ from pathlib import Path
 from dicom_depot.adapters.azure_blob import AzureDestination, log_href
 from dicom_depot.adapters.azure_settings import AzureSettings
 from dicom_depot.adapters.destination_guard import DestinationGuard, parse_endpoint
-from dicom_depot.adapters.local_folder import FolderDestination, check_folder
+from dicom_depot.adapters.folder_destination import FolderDestination, check_folder
 from dicom_depot.domain.errors import DestinationRefused
 from dicom_depot.domain.export import DestinationSpec
 from dicom_depot.ports import Destination, ManagedIdentity
