@@ -1,16 +1,18 @@
 """Every setting of the service: its unit, default and bounds. The only place that reads the environment.
 
 A setting comes from, in this order: a command line flag, the environment (`DICOM_DEPOT_<NAME>`), a TOML file (named by
-`DICOM_DEPOT_CONFIG` or `--config`), the default.
+`DICOM_DEPOT_CONFIG` or `--config`), the default. An empty variable counts as unset; a list without entries is `,`.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
+import difflib
 import os
+import re
 import tomllib
-from ipaddress import ip_network
+from ipaddress import IPv6Address, ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import unquote, urlsplit
@@ -25,6 +27,10 @@ CONFIG_VARIABLE = PREFIX + "CONFIG"
 
 _MIB = 1024 * 1024
 _SECRET_KEY_BYTES = 32
+_OTHER_VARIABLES = frozenset({"CONFIG", "TOKEN", "EXPORT_TO"})
+"""Variables that are no settings: a file of settings, and what single commands read."""
+_ENDPOINT = re.compile(r"https?://(?:[a-z0-9.-]+|\[(?P<v6>[0-9a-f:.]+)\])(?::[0-9]+)?(?:/[A-Za-z0-9_-]+)?", re.ASCII)
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?", re.ASCII)
 
 CLOUD_SUFFIXES = (
     ".blob.core.windows.net",
@@ -43,7 +49,9 @@ def _default_concurrency() -> int:
 class Settings(BaseSettings):
     """The settings of one process. Frozen: they are read once, at the start."""
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", hide_input_in_errors=True)
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, env_ignore_empty=True, frozen=True, extra="forbid", hide_input_in_errors=True
+    )
 
     data_dir: Path = Field(
         default=Path("dicom-depot-data"),
@@ -188,7 +196,10 @@ class Settings(BaseSettings):
         default=100, ge=1, le=100_000, description="Operations that may be active at the same time, in all."
     )
     operations_max_per_caller: int = Field(
-        default=20, ge=1, le=100_000, description="Operations that one caller may have active at the same time."
+        default=20,
+        ge=1,
+        le=100_000,
+        description="Operations that one caller may have active at the same time; does not hold without sign-in.",
     )
     max_header_bytes: int = Field(
         default=65_536, ge=8192, le=4 * _MIB, description="Bytes of a request's head, at most."
@@ -255,7 +266,7 @@ class Settings(BaseSettings):
     @classmethod
     def _endpoints(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         try:
-            return tuple(_http_address(endpoint) for endpoint in value)
+            return tuple(_endpoint(text) for text in value)
         except ValueError:
             raise ValueError("each must look like http://host[:port][/account]") from None
 
@@ -314,12 +325,46 @@ class Settings(BaseSettings):
             ip_network(network, strict=False)
         return value
 
+    @field_validator("cors_origins")
+    @classmethod
+    def _origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not all(origin == "*" or _ORIGIN.fullmatch(origin) for origin in value):
+            raise ValueError(
+                "each must look like https://host[:port], in lower case, without a path or a slash at the end"
+            )
+        return value
+
     @model_validator(mode="after")
     def _belongs_together(self) -> Settings:
         if self.auth_issuers and not self.auth_audiences:
             raise ValueError(f"{PREFIX}AUTH_AUDIENCES is needed with {PREFIX}AUTH_ISSUERS")
+        if not self.auth_issuers:
+            for name in ("auth_audiences", "roles_file"):
+                if getattr(self, name):
+                    raise ValueError(
+                        f"{PREFIX}{name.upper()} is set without {PREFIX}AUTH_ISSUERS, and without that nobody signs in"
+                    )
+            if "*" in self.cors_origins:
+                raise ValueError(
+                    f"{PREFIX}CORS_ORIGINS may be * only with {PREFIX}AUTH_ISSUERS: without sign-in every web page "
+                    "could read and change everything"
+                )
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError(f"{PREFIX}TLS_CERT and {PREFIX}TLS_KEY belong together")
+        return self
+
+    @model_validator(mode="after")
+    def _exports_lie_apart(self) -> Settings:
+        if self.export_root is None:
+            return self
+        root = Path(os.path.realpath(self.export_root))
+        for name, folder in (("the data folder", self.data_dir), ("the store", self.store_path)):
+            other = Path(os.path.realpath(folder))
+            if root.is_relative_to(other) or other.is_relative_to(root):
+                raise ValueError(
+                    f"{PREFIX}EXPORT_ROOT ({root}) and {name} ({other}) must lie apart, neither inside the other: "
+                    "exports must not write where the service keeps its own files"
+                )
         return self
 
     @property
@@ -361,6 +406,17 @@ def _http_address(text: str) -> str:
     return f"{parts.scheme}://{address}{port}{parts.path}".rstrip("/")
 
 
+def _endpoint(text: str) -> str:
+    """As `_http_address`, and nothing that no destination can be: one path part at most. Raises ValueError."""
+    address = _http_address(text)
+    found = _ENDPOINT.fullmatch(address)
+    if found is None or urlsplit(address).port == 0:
+        raise ValueError
+    if found["v6"] is not None:
+        IPv6Address(found["v6"])
+    return address
+
+
 Source = Literal["flag", "environment", "file", "default"]
 
 
@@ -370,10 +426,11 @@ def load(flags: dict[str, Any] | None = None, config_file: Path | None = None) -
     Raises ConfigurationError that names the setting, its bounds and the reason; never the value, it may be secret.
     """
     given = {name: value for name, value in (flags or {}).items() if value is not None}
+    for name, value in given.items():
+        if value == "":
+            raise ConfigurationError(f"{PREFIX}{name.upper()} (from flag): it is empty; leave it out, or give a value.")
     from_file = _read_file(config_file)
-    in_environment = {
-        name.lower().removeprefix(PREFIX.lower()) for name in os.environ if name.upper().startswith(PREFIX)
-    }
+    in_environment = _read_environment()
     sources: dict[str, Source] = {}
     merged = dict(given)
     for name in Settings.model_fields:
@@ -390,6 +447,20 @@ def load(flags: dict[str, Any] | None = None, config_file: Path | None = None) -
         return Settings(**merged), sources
     except ValidationError as error:
         raise ConfigurationError("\n".join(_explained(problem, sources) for problem in error.errors())) from None
+
+
+def _read_environment() -> set[str]:
+    """The names of the settings that variables give a value. Raises ConfigurationError for a variable of no setting."""
+    named = {name.upper().removeprefix(PREFIX): name for name in os.environ if name.upper().startswith(PREFIX)}
+    known = {name.upper() for name in Settings.model_fields}
+    for suffix, name in sorted(named.items()):
+        if suffix not in known | _OTHER_VARIABLES and not suffix.startswith("TEST_"):
+            near = difflib.get_close_matches(suffix[:60], known | _OTHER_VARIABLES, n=1)
+            hint = f"Did you mean {PREFIX}{near[0]}? " if near else ""
+            raise ConfigurationError(
+                f"The environment variable {name[:80]} is no setting. {hint}`dicom-depot settings` lists all."
+            )
+    return {suffix.lower() for suffix, name in named.items() if suffix in known and os.environ[name]}
 
 
 def _read_file(config_file: Path | None) -> dict[str, Any]:

@@ -319,7 +319,8 @@ class OperationStore(Protocol):
 
     def commit_chunk(self, chunk: ClaimedChunk, outcome: ChunkOutcome) -> bool:
         """Counters, failures and the chunk's state in one transaction. False, and no effect, when the attempt is not
-        the current one or the chunk was committed already.
+        the current one or the chunk was committed already. What is not complete although the operation runs is planned
+        again.
         """
         ...
 
@@ -454,11 +455,13 @@ class SecretBox(Protocol):
 class DurableEngine(Protocol):
     """Runs operations to their end, whatever dies on the way."""
 
-    def start(self, operation_id: OperationId) -> None:
-        """Begin, or go on with, an operation that the store holds. Idempotent."""
+    def start(self, operation_id: OperationId, generation: int) -> None:
+        """Begin, or go on with, an operation that the store holds. Idempotent. What the store holds is begun anyway,
+        if later: an error here is none of the caller's.
+        """
         ...
 
-    def settle(self, operation_id: OperationId) -> None:
+    def settle(self, operation_id: OperationId, generation: int) -> None:
         """Finish the operation if nothing of it is in flight. Idempotent."""
         ...
 

@@ -42,7 +42,7 @@ from dicom_depot.ports import (
     TokenVerifier,
 )
 from dicom_depot.services.upkeep import Upkeep
-from dicom_depot.workflows.engine import CHUNKS_IN_ALL, WINDOW, DbosEngine
+from dicom_depot.workflows.engine import CHUNKS_OF_ONE_OPERATION, WINDOW, DbosEngine
 
 _log = logging.getLogger(__name__)
 
@@ -121,7 +121,7 @@ def _open_locked(settings: Settings, lock: FolderLock) -> Service:
             settings.export_concurrency,
             settings.export_bytes_in_flight,
             settings.export_stream_bytes,
-            CHUNKS_IN_ALL,
+            CHUNKS_OF_ONE_OPERATION * settings.operations_max,
         ),
         retry_seconds=settings.export_retry_seconds,
         window=WINDOW,

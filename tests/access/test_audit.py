@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import stat
 import threading
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from logging.handlers import BufferingHandler
 from pathlib import Path
 
 import pytest
@@ -216,6 +218,20 @@ def test_lines_that_cannot_be_written_are_reported_and_raise_nothing(
     path.rmdir()
     opened.record("found", value=threading.Lock(), name_of_it="a\nb")
     assert json.loads(path.read_text())["nameOfIt"] == "a\nb"
+
+
+def test_a_handler_can_send_the_lines_elsewhere_and_the_log_has_none(trail: tuple[AuditFile, Path]) -> None:
+    opened, path = trail
+    loggers = [logging.getLogger(), logging.getLogger("dicom_depot.audit")]
+    handlers = [BufferingHandler(100) for _ in loggers]  # pytest's own listens to both
+    for logger, handler in zip(loggers, handlers, strict=True):
+        logger.addHandler(handler)
+    try:
+        opened.record("sent on")
+    finally:
+        for logger, handler in zip(loggers, handlers, strict=True):
+            logger.removeHandler(handler)
+    assert [[record.getMessage() for record in handler.buffer] for handler in handlers] == [[], [path.read_text()[:-1]]]
 
 
 def test_a_link_is_not_followed_and_a_folder_is_refused(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from dicom_depot.cli.serve_checks import check_exposure, check_tls, is_loopback
+from dicom_depot.cli.serve_checks import check_exposure, check_tls, is_loopback, resolve_host
 from dicom_depot.config import Settings
 from dicom_depot.domain.errors import ConfigurationError
 from tests.support.certificates import make_certificate
@@ -75,6 +75,35 @@ def test_loopback_is_told_from_other_addresses(host: str, expected: bool) -> Non
     if host:
         with contextlib.nullcontext() if expected else pytest.raises(ConfigurationError):
             check_exposure(Settings(host=host))
+
+
+def test_a_name_is_resolved_once_or_refused() -> None:
+    assert resolve_host("127.8.9.10") == "127.8.9.10"
+    assert resolve_host("::1") == "::1"
+    assert resolve_host("localhost") in ("127.0.0.1", "::1")
+    with pytest.raises(ConfigurationError, match="DICOM_DEPOT_HOST: the name no-such-host"):
+        resolve_host("no-such-host.invalid")
+    with pytest.raises(ConfigurationError, match="--allow-anonymous"):
+        check_exposure(Settings(host="localhost"), "192.0.2.1")
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.2"])
+def test_other_ways_to_name_this_machine_are_served(host: str, tmp_path: Path) -> None:
+    service = NamedService(tmp_path / "data", {"host": host})
+    service.start()
+    try:
+        assert httpx.get(f"{service.url}/v2/operations").status_code == 200
+        assert httpx.get(f"{service.url}/v2/operations", headers={"Host": "evil.example.com"}).status_code == 421
+    finally:
+        service.stop()
+
+
+class NamedService(RunningService):
+    """`serve`, asked under the host that it was told to listen on."""
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.settings['host']}:{self.port}"
 
 
 def test_told_so_the_service_is_open_to_everybody(tmp_path: Path) -> None:

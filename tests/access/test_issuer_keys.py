@@ -181,6 +181,17 @@ def test_an_https_issuer_must_have_a_certificate_that_is_trusted(
         assert IssuerKeys(issuer.url).candidates("first", "RS256")
 
 
+def test_an_https_issuer_cannot_have_its_keys_fetched_over_http_from_this_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    certificate = make_certificate(tmp_path)
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate[0]))
+    with Issuer(certificate) as issuer:
+        issuer.overrides = {DISCOVERY: {"issuer": issuer.url, "jwks_uri": "http://127.0.0.1:1/keys"}}
+        with pytest.raises(ValueError, match="no https:// jwks_uri"):
+            fetch_keys(issuer.url)
+
+
 def test_while_the_issuer_is_away_known_keys_are_good_and_others_wait(tmp_path: Path) -> None:
     with open_secured(tmp_path, with_data=False) as running:
         running.issuer.is_away = True

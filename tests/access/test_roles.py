@@ -169,7 +169,10 @@ def test_a_roles_file_with_a_mistake_is_refused_and_explained(text: str, complai
 
 
 def test_the_service_does_not_start_with_a_broken_roles_file(tmp_path: Path) -> None:
-    done = run_command("serve", data_dir=tmp_path / "data", check=False, roles_file=tmp_path / "missing.toml")
+    sign_in = {"auth_issuers": "https://issuer.example", "auth_audiences": "depot"}
+    done = run_command(
+        "serve", data_dir=tmp_path / "data", check=False, roles_file=tmp_path / "missing.toml", **sign_in
+    )
     assert done.returncode == 4
     assert "missing.toml" in done.stderr.replace("\n", "")
 
@@ -191,7 +194,8 @@ that are not defined grant nothing.
 
 ## What each route asks for
 
-The same holds under `/v1` and for paths without a version.
+The same holds for these routes under `/v1` and without a version. Two are otherwise: `/health/check` exists without a
+version only, `api.json` under `/v1` and `/v2` only.
 
 | route | action |
 |---|---|

@@ -190,6 +190,26 @@ def test_a_token_goes_over_https_or_to_this_machine_only() -> None:
         ServiceClient("http://depot.example", token="secret-token")
 
 
+@pytest.mark.parametrize("token", ["", " ", "se cret", "sec\r\nX: ret", "secret\u00e9", "Bearer secret", "=secret"])
+def test_what_is_no_token_is_refused_without_being_shown(token: str) -> None:
+    with pytest.raises(InvalidRequest, match="DICOM_DEPOT_TOKEN") as caught:
+        ServiceClient("https://depot.example", token=token)
+    assert "sec" not in caught.value.message
+    assert "ret" not in caught.value.message
+
+
+def test_the_line_end_of_a_token_from_a_file_does_not_count() -> None:
+    service = Service(state("running"))
+    ServiceClient("https://depot.example", httpx.MockTransport(service), token=" secret==\r\n").get("abc")
+    assert service.requests[0].headers["Authorization"] == "Bearer secret=="
+
+
+def test_what_the_http_library_refuses_to_send_is_not_shown(clock: Clock) -> None:
+    with pytest.raises(ServiceUnreachable, match="LocalProtocolError") as caught:
+        Service(then=httpx.LocalProtocolError("Illegal header value b'Bearer secret'")).client().get("abc")
+    assert "secret" not in caught.value.message
+
+
 def test_a_refused_token_is_explained() -> None:
     refusal = httpx.Response(401, json={"code": "Unauthenticated", "message": "The token has expired.", "target": None})
     with pytest.raises(RequestRefused, match=r"has expired. Put an access token .* into DICOM_DEPOT_TOKEN"):

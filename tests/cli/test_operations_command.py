@@ -97,7 +97,7 @@ def test_cancel_of_one_that_has_ended_exits_with_2(ask: Invoke, depot: Depot) ->
 
 
 def test_a_canceled_one_is_resumed_with_its_destination_once_more(
-    ask: Invoke, depot: Depot, failing_instances: Callable[[Respond], None], monkeypatch: pytest.MonkeyPatch
+    ask: Invoke, depot: Depot, failing_instances: Callable[[Respond], None]
 ) -> None:
     url = depot.endpoint.container_url("resumed")
     failing_instances(Respond(503, "ServerBusy"))
@@ -111,10 +111,19 @@ def test_a_canceled_one_is_resumed_with_its_destination_once_more(
     assert elsewhere.exit_code == 2
     assert "DestinationDiffers" in elsewhere.stderr
     depot.endpoint.clear_rules()
-    monkeypatch.setenv("DICOM_DEPOT_EXPORT_TO", url)
-    resumed = ask("operations", "resume", operation_id, "--wait")
+    assert "SecretErased" in ask("operations", "resume", operation_id, export_to=url).stderr, "only a flag counts"
+    resumed = ask("operations", "resume", operation_id, "--wait", "--to", "-", stdin=url + "\n")
     assert resumed.exit_code == 0, resumed.output
     assert depot.service.operation(operation_id)["results"]["exported"] == len(CT)
+
+
+def test_the_managed_identity_of_a_resume_goes_with_a_container(ask: Invoke) -> None:
+    for arguments in (["--managed-identity"], ["--container", "c"], ["--managed-identity", "--to", "file:x"]):
+        refused = ask("operations", "resume", "0" * 32, *arguments)
+        assert refused.exit_code == 2
+        assert "--to" in refused.stderr
+    asked = ask("operations", "resume", "0" * 32, "--managed-identity", "--to", "https://a.blob.core.windows.net/scans")
+    assert "(ManagedIdentityDisabled)" in asked.stderr
 
 
 def test_the_service_is_found_by_its_address_or_by_the_settings(invoke: Invoke, depot: Depot) -> None:

@@ -190,7 +190,8 @@ def members() -> dict[str, Bad]:
         "azure setting for a folder": wrong(
             to({"type": "file", "settings": {"blobContainerUri": "x"}}), f"{place}.blobContainerUri", "folder"
         ),
-        "5,000 characters of name": wrong(whole({"n" * 5000: 1}), "n" * 200, "nnn..."),
+        "250 characters of name": wrong(whole({"n" * 250: 1}), "n" * 200, "nnn..."),
+        "5,000 characters of name": wrong(whole({"n" * 5000: 1}), "body", "5000 characters", "256"),
         "null source": wrong(source(None), "source", "must be an object", "null"),
         "text as source": wrong(source("1.2.3"), "source", "a string"),
         "list as source": wrong(source(["1.2.3"]), "source", "a list"),

@@ -228,7 +228,10 @@ def test_a_dry_run_counts_and_starts_nothing(depot: Depot) -> None:
     assert depot.azurite.read_tree(container) == {}
 
 
-@pytest.mark.parametrize("query", ["dryRun=banana", "dryRun=", "dryrun=true", "DryRun=1", "dry_run=true", "dry-run=1"])
+@pytest.mark.parametrize(
+    "query",
+    ["dryRun=banana", "dryRun=", "dryrun=true", "DryRun=1", "dry_run=true", "dry-run=1", "dryRun=true&dryRun=false"],
+)
 def test_a_dry_run_that_is_spelt_wrongly_never_starts_an_export(depot: Depot, query: str) -> None:
     container, destination = depot.container()
     before = depot.operations()

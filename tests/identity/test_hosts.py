@@ -223,3 +223,6 @@ def test_the_commands_say_the_same(scene: Scene) -> None:
     scene.endpoint.is_enabled = False
     assert "gave no token" in command("enable", "--local", code=4).stderr
     assert "cannot be reached" in command("show", "--service=http://127.0.0.1:1", code=4).stderr
+    for where in ((), ("--local",)):
+        refused = command("check", "https://storage.example.com/c", "--json", *where, code=2)
+        assert json.loads(refused.stdout)["error"]["code"] == "EndpointNotAllowed"

@@ -85,6 +85,20 @@ def test_a_moment_of_trouble_halves_it_once_and_an_outage_begins_anew(clock: Clo
     assert pace.count == 64
 
 
+def test_a_fault_now_and_then_is_no_reason_to_slow_down(clock: Clock) -> None:
+    pace = Pace(64)
+    chance = random.Random(3)
+    counts = []
+    for _ in range(60_000):
+        clock.now += 0.05 / pace.count
+        if chance.random() < 0.01:
+            pace.failed()
+        else:
+            pace.copied(SIZE)
+        counts.append(pace.count)
+    assert sum(counts[5000:]) / len(counts[5000:]) > 50
+
+
 def test_copies_that_take_long_are_counted_too(clock: Clock) -> None:
     pace = Pace(16)
     run(pace, clock, 120, lambda count: count / 3.0)

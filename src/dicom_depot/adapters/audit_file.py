@@ -2,6 +2,9 @@
 
 Each line is one write to a file opened for appending, so that lines of several processes do not mix. A file that was
 moved away (log rotation) is noticed before the next line, and a new one is begun.
+
+The same lines go to the logger `dicom_depot.audit`, where a handler can be attached that sends them elsewhere. They are
+never mixed with the service's own log.
 """
 
 from __future__ import annotations
@@ -17,6 +20,10 @@ from dicom_depot.domain.errors import ConfigurationError
 from dicom_depot.telemetry import REQUEST_ID
 
 _log = logging.getLogger(__name__)
+_lines = logging.getLogger("dicom_depot.audit")
+_lines.addHandler(logging.NullHandler())
+_lines.setLevel(logging.INFO)
+_lines.propagate = False
 
 _MODE = 0o600
 _TEXT_LENGTH_MAX = 1024
@@ -47,7 +54,9 @@ class AuditFile:
         line |= {_camel(name): _short(value) for name, value in fields.items()}
         content = {name: value for name, value in line.items() if value is not None}
         try:
-            self._append(json.dumps(content, default=str).encode() + b"\n")
+            text = json.dumps(content, default=str)
+            _lines.info("%s", text)
+            self._append(text.encode() + b"\n")
         except Exception:
             _log.exception("an audit line could not be written: %s", event)
 

@@ -37,6 +37,7 @@ class Database:
             connect_args={"timeout": BUSY_TIMEOUT_SECONDS, "check_same_thread": False},
             pool_size=8,
             max_overflow=56,
+            hide_parameters=True,  # they hold patients' names, and errors are logged
         )
         self._write_turn = threading.Lock()
         sa.event.listen(self.engine, "connect", _prepare)
@@ -115,15 +116,21 @@ def _prepare(connection: Any, _record: Any) -> None:
 
 @contextmanager
 def _translated() -> Iterator[None]:
-    """Name the two faults of a database that a caller can do something about."""
+    """Name the faults of a database that a caller can do something about."""
     try:
         yield
+    except sa.exc.TimeoutError as error:
+        raise ServiceUnavailable("All connections to the database are in use; try again later.") from error
     except sa.exc.DatabaseError as error:
         reason = str(error.orig)
         if "full" in reason:
             raise StorageFull("The disk that holds the database is full; free space and try again.") from error
         if "locked" in reason or "busy" in reason:
             raise ServiceUnavailable("The database is busy; try again later.") from error
+        if "unable to open database file" in reason or "disk I/O error" in reason:
+            raise ServiceUnavailable(
+                "The database file cannot be opened, read or written; see to its disk and folder, then try again."
+            ) from error
         if "not a database" in reason or "malformed" in reason:
             raise ConfigurationError(
                 "The database file is damaged or not a database of this service. Restore it from a backup."

@@ -151,7 +151,7 @@ def fetch_keys(issuer: str) -> tuple[IssuerKey, ...]:
         if document.get("issuer") != issuer:
             raise ValueError("its discovery document names another issuer")
         address = document.get("jwks_uri")
-        if not isinstance(address, str) or not _is_safe(address):
+        if not isinstance(address, str) or not (_is_https(address) or (_is_local(issuer) and _is_local(address))):
             raise ValueError("its discovery document has no https:// jwks_uri")
         listed = _get_json(client, address).get("keys")
     if not isinstance(listed, list) or len(listed) > KEYS_MAX:
@@ -180,9 +180,14 @@ def _get_json(client: httpx.Client, url: str) -> Mapping[str, Any]:
     return document
 
 
-def _is_safe(url: str) -> bool:
+def _is_https(url: str) -> bool:
+    return urlsplit(url).scheme == "https"
+
+
+def _is_local(url: str) -> bool:
+    """Whether the URL is http:// on this machine: fit for an issuer there, not for what another issuer names."""
     parts = urlsplit(url)
-    return parts.scheme == "https" or (parts.scheme == "http" and parts.hostname in _LOOPBACK)
+    return parts.scheme == "http" and parts.hostname in _LOOPBACK
 
 
 def _usable(listed: list[Any]) -> Iterator[IssuerKey]:

@@ -218,6 +218,10 @@ class SqlOperations:
     def commit_chunk(self, chunk: ClaimedChunk, outcome: ChunkOutcome) -> bool:
         skipped = len(outcome.failures)
         with self._database.write() as connection:
+            if not outcome.is_complete and _runs(connection, chunk.operation_id):
+                # Stopped by an order that was not, or no longer, meant for it: somebody takes it up again.
+                connection.execute(_PUT_BACK, {"id": chunk.operation_id, "of": chunk.number, "by": chunk.attempt})
+                return False
             taken = connection.execute(
                 sa.update(chunks)
                 .where(
@@ -413,6 +417,22 @@ _OPERATION_COLUMNS = (
     operations.c.generation,
 )
 
+
+def _runs(connection: sa.Connection, operation_id: OperationId) -> bool:
+    status = connection.execute(sa.select(operations.c.status).where(operations.c.id == operation_id)).scalar()
+    return status == OperationStatus.RUNNING
+
+
+_PUT_BACK = (
+    sa.update(chunks)
+    .where(
+        chunks.c.operation_id == sa.bindparam("id"),
+        chunks.c.number == sa.bindparam("of"),
+        chunks.c.attempt == sa.bindparam("by"),
+        chunks.c.status == _RUNNING,
+    )
+    .values(status=_PLANNED)
+)
 _earlier = chunks.alias("earlier")
 _id: sa.BindParameter[str] = sa.bindparam("id", type_=sa.String)
 

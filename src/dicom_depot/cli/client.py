@@ -6,6 +6,7 @@ Messages made here hold the service's address without user and password, and nev
 from __future__ import annotations
 
 import ipaddress
+import re
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -35,6 +36,7 @@ _START_SECONDS = 300.0
 """A start proves that the destination can be written, and a dry run counts: both may take a while."""
 _START_TRIES = 3
 _PAGE_MAX = 200
+_TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*")
 _AWAY = frozenset({502, 503, 504})
 _ENDED = frozenset(str(status) for status in OperationStatus if status.is_terminal)
 
@@ -114,9 +116,10 @@ class ServiceClient:
     def __init__(self, url: str, transport: httpx.BaseTransport | None = None, *, token: str | None = None) -> None:
         """url: the base, e.g. http://127.0.0.1:8080. token: a bearer token, for a service that asks for one.
 
-        Raises InvalidRequest when the base is none, or the token would go over the network unencrypted.
+        Raises InvalidRequest when the base or the token is none, or the token would go over the network unencrypted.
         """
         base = _parse_base(url)
+        token = None if token is None else _parse_token(token)
         if token is not None and base.scheme != "https" and not _is_loopback(base.host):
             raise InvalidRequest("An access token goes over https:// only.", target="--service")
         self._base = str(base).rstrip("/")
@@ -285,6 +288,17 @@ def _parse_base(url: str) -> httpx.URL:
     return parsed
 
 
+def _parse_token(text: str) -> str:
+    token = text.strip()
+    if not _TOKEN.fullmatch(token):
+        raise InvalidRequest(
+            f"{TOKEN_VARIABLE} (or --token) is no access token: it may hold letters, digits and ._~+/- only, on one "
+            "line, without `Bearer` before it.",
+            target="--token",
+        )
+    return token
+
+
 def _parse_page(content: Any) -> tuple[list[OperationReport], str | None]:
     return [OperationReport.parse(state) for state in content["operations"]], content.get("continuationToken")
 
@@ -311,4 +325,6 @@ def _error_of(answer: httpx.Response) -> tuple[str, str, str | None]:
 
 
 def _reason(error: httpx.RequestError) -> str:
-    return str(error) or type(error).__name__
+    """What failed. The text of a LocalProtocolError may hold a header, and that the token."""
+    is_secret = isinstance(error, httpx.LocalProtocolError)
+    return type(error).__name__ if is_secret else str(error) or type(error).__name__

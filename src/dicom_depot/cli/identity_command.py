@@ -15,20 +15,21 @@ from dicom_depot.cli.common import (
     ExitCode,
     ServiceOption,
     TokenOption,
-    explained_errors,
     load_settings,
     out,
     print_json,
 )
+from dicom_depot.cli.progress import explained_answers
 from dicom_depot.cli.settings_command import with_setting_flags
 from dicom_depot.config import Settings
-from dicom_depot.domain.errors import IdentityUnavailable
+from dicom_depot.domain.errors import IdentityDisabled, IdentityUnavailable
 from dicom_depot.domain.identity import IdentityDescription
 from dicom_depot.export.destination_check import DestinationCheck, check_destination
 from dicom_depot.ports import ManagedIdentity
 
 app = typer.Typer(help="The managed identity that exports sign in with, and what it may do.", no_args_is_help=True)
 
+_NO_IDENTITY = frozenset({IdentityUnavailable.code, IdentityDisabled.code})
 _MARKS = {"passed": "passed", "failed": "FAILED", "notTried": "-"}
 
 _LocalOption = Annotated[bool, typer.Option("--local", help="Work in this process, on the data folder.")]
@@ -47,7 +48,7 @@ def show(
 ) -> None:
     """Show whether the managed identity is on, and whose it is."""
     settings = load_settings(context)
-    with explained_errors():
+    with explained_answers(as_json=as_json, failures=_NO_IDENTITY):
         state = _local_state(settings) if local else _ask(settings, service, token, "GET", "/v2/identity")
     _print_state(state, as_json=as_json)
 
@@ -85,7 +86,7 @@ def check(
     """Try, step by step, whether exports with the managed identity may write to a container (exit status 4: no)."""
     settings = load_settings(context)
     wanted: dict[str, object] = {"blobContainerUri": container_uri, "useManagedIdentity": True}
-    with explained_errors():
+    with explained_answers(as_json=as_json, failures=_NO_IDENTITY):
         if local:
             with wiring.opened_identity(settings) as (_, destinations):
                 checked = _check_body(check_destination(destinations, destinations.parse("azureBlob", wanted)))
@@ -111,7 +112,7 @@ for _name, _command in (("show", show), ("enable", enable), ("disable", disable)
 def _switch(
     settings: Settings, service: str | None, token: str | None, *, is_on: bool, local: bool, as_json: bool
 ) -> None:
-    with explained_errors():
+    with explained_answers(as_json=as_json, failures=_NO_IDENTITY):
         if local:
             with wiring.opened_identity(settings) as (identity, _):
                 identity.set_enabled(on=is_on)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.filesize import decimal
 
 from dicom_depot.cli.client import OperationReport, ServiceClient, service_url
 from dicom_depot.cli.common import ServiceOption, TokenOption, load_settings, print_json
-from dicom_depot.cli.export_command import DESTINATION_VARIABLE, parse_destination, read_destination, wait_for_end
+from dicom_depot.cli.export_command import parse_destination, read_destination, wait_for_end
 from dicom_depot.cli.progress import explained_answers, summary_text
 from dicom_depot.cli.settings_command import with_setting_flags
+from dicom_depot.domain.errors import InvalidRequest
 
 app = typer.Typer(help="List, show, watch, cancel and resume exports of a running service.", no_args_is_help=True)
 
@@ -103,7 +104,6 @@ def resume_operation(
         str | None,
         typer.Option(
             metavar="URL",
-            envvar=DESTINATION_VARIABLE,
             help="The operation's destination with a fresh secret, needed where the former one was erased: a "
             "container's URL with its SAS, or a connection string with --container. `-` reads it from standard input.",
         ),
@@ -111,6 +111,10 @@ def resume_operation(
     container: Annotated[
         str | None, typer.Option(metavar="NAME", help="Container, when --to is a connection string.")
     ] = None,
+    managed_identity: Annotated[
+        bool,
+        typer.Option("--managed-identity", help="Sign in to the container of --to as the service, as the export did."),
+    ] = False,
     wait: Annotated[bool, typer.Option("--wait", help="Show progress until the operation has ended.")] = False,
     service: ServiceOption = None,
     token: TokenOption = None,
@@ -121,7 +125,7 @@ def resume_operation(
     Exit status: as of `watch` with --wait; else 0, or 2 when the service refused it.
     """
     with _client(context, service, token, as_json=as_json) as client:
-        destination = None if to is None else parse_destination(read_destination(to), container)
+        destination = _destination(to, container, managed_identity=managed_identity)
         report = client.resume(operation_id, destination)
         if wait:
             raise typer.Exit(wait_for_end(client, operation_id, as_json=as_json))
@@ -152,6 +156,14 @@ def _client(
             yield client
         finally:
             client.close()
+
+
+def _destination(to: str | None, container: str | None, *, managed_identity: bool) -> dict[str, Any] | None:
+    if to is not None:
+        return parse_destination(read_destination(to), container, managed_identity=managed_identity)
+    if container is not None or managed_identity:
+        raise InvalidRequest("--container and --managed-identity go with --to, which names the destination.")
+    return None
 
 
 def _show(report: OperationReport, *, as_json: bool) -> None:

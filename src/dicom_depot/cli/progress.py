@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -166,8 +166,11 @@ def summary_text(report: OperationReport) -> str:
 
 
 @contextmanager
-def explained_answers(*, as_json: bool) -> Iterator[None]:
-    """Turn what the service refused, or that it is away, into one message and an exit code; the body with `--json`."""
+def explained_answers(*, as_json: bool, failures: Container[str] = ()) -> Iterator[None]:
+    """Turn what the service refused, or that it is away, into one message and an exit code; the body with `--json`.
+
+    failures: codes that say that something failed, although the service calls it a refused request.
+    """
     try:
         yield
     except DepotError as error:
@@ -175,7 +178,7 @@ def explained_answers(*, as_json: bool) -> Iterator[None]:
         if as_json:
             print_json({"error": {"code": error.code, "message": error.message, "target": error.target}})
         shown = error.message if isinstance(error, ServiceUnreachable) else f"{error.message} ({error.code})"
-        fail(shown, ExitCode.USAGE if status < 500 else ExitCode.FAILED)
+        fail(shown, ExitCode.USAGE if status < 500 and error.code not in failures else ExitCode.FAILED)
 
 
 def _clock_text(seconds: float) -> str:

@@ -10,9 +10,12 @@ from dicom_depot.config import PREFIX, Settings
 from dicom_depot.domain.errors import ConfigurationError
 
 
-def check_exposure(settings: Settings) -> None:
-    """Without sign-in only this machine may ask. Raises ConfigurationError with the ways out."""
-    if settings.auth_issuers or settings.allow_anonymous or is_loopback(settings.host):
+def check_exposure(settings: Settings, address: str | None = None) -> None:
+    """Without sign-in only this machine may ask. address: what the host was resolved to.
+
+    Raises ConfigurationError with the ways out.
+    """
+    if settings.auth_issuers or settings.allow_anonymous or is_loopback(address or settings.host):
         return
     raise ConfigurationError(
         f"Without sign-in the service listens on loopback addresses only, and {settings.host} is not one: everybody "
@@ -38,6 +41,23 @@ def check_tls(settings: Settings) -> None:
             f"{PREFIX}TLS_CERT ({settings.tls_cert}) and {PREFIX}TLS_KEY ({settings.tls_key}) cannot be used: "
             f"{reason}. The first must hold the PEM certificate chain, the second its private key without a password."
         ) from None
+
+
+def resolve_host(host: str) -> str:
+    """The one address that a host, given as address or name, is listened on. Raises ConfigurationError."""
+    try:
+        ipaddress.ip_address(host)
+        return host
+    except ValueError:
+        pass
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        raise ConfigurationError(
+            f"{PREFIX}HOST: the name {host} leads to no address. Give an address of this machine, as 127.0.0.1."
+        ) from None
+    found.sort(key=lambda entry: entry[0] != socket.AF_INET)
+    return str(found[0][4][0])
 
 
 def is_loopback(host: str) -> bool:

@@ -22,7 +22,7 @@ from dicom_depot import config, wiring
 from dicom_depot.adapters.audit_file import AuditFile
 from dicom_depot.adapters.folder_lock import FolderLock
 from dicom_depot.cli.common import ExitCode, err, explained_errors, fail, load_settings
-from dicom_depot.cli.serve_checks import check_exposure, check_tls
+from dicom_depot.cli.serve_checks import check_exposure, check_tls, resolve_host
 from dicom_depot.config import CONFIG_VARIABLE, PREFIX, Settings
 from dicom_depot.domain.errors import DepotError
 from dicom_depot.telemetry import set_up_logging
@@ -41,10 +41,11 @@ def serve(context: typer.Context) -> None:
     settings = load_settings(context)
     set_up_logging(settings.log_level)
     with explained_errors(ExitCode.FAILED):
-        check_exposure(settings)
+        host = resolve_host(settings.host)  # once: what is checked is what is listened on
+        check_exposure(settings, host)
         check_tls(settings)
-        _check_start(settings)
-    port = settings.port or _free_port(settings.host)
+        _check_start(settings, host)
+    port = settings.port or _free_port(host)
     _export_flags(context, port)
     address = f"[{settings.host}]" if ":" in settings.host else settings.host
     scheme = "http" if settings.tls_cert is None else "https"
@@ -52,7 +53,7 @@ def serve(context: typer.Context) -> None:
     Granian(
         "dicom_depot.cli.serve_command:asgi_app",
         factory=True,
-        address=settings.host,
+        address=host,
         port=port,
         interface=Interfaces.ASGI,
         workers=1,
@@ -105,7 +106,7 @@ def asgi_app() -> FastAPI:
     return create_app(open_context, settings)
 
 
-def _check_start(settings: Settings) -> None:
+def _check_start(settings: Settings, host: str) -> None:
     """What can be refused is refused here, before a worker process would try again and again."""
     wiring.prepare_data_folder(settings)
     wiring.token_verifier(settings)
@@ -116,10 +117,10 @@ def _check_start(settings: Settings) -> None:
         wiring.check_database(settings)
     finally:
         lock.release()
-    with socket.socket(socket.AF_INET6 if ":" in settings.host else socket.AF_INET) as probe:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((settings.host, settings.port))
+            probe.bind((host, settings.port))
         except OSError as error:
             fail(
                 f"Cannot listen on {settings.host} port {settings.port}: {error.strerror}. "

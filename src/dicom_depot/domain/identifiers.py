@@ -112,5 +112,5 @@ def parent_refs(ref: Ref) -> tuple[Ref, ...]:
 
 def _shown(text: str) -> str:
     """Quote caller's text for a message: printable and short, so that it cannot flood or forge a log."""
-    short = text if len(text) <= 80 else text[:77] + "..."
-    return ascii(short)
+    quoted = ascii(text[:81])
+    return quoted if len(quoted) <= 82 else quoted[:78] + "...'"

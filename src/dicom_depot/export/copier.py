@@ -31,6 +31,7 @@ _BACK_OFF_FIRST_SECONDS = 0.2
 _BACK_OFF_MAX_SECONDS = 15.0
 _STOP_GRACE_SECONDS = 1.5
 _TURN_SECONDS = 0.25
+_LANES_SECONDS = 0.25
 
 
 class CopyPool:
@@ -42,13 +43,15 @@ class CopyPool:
 
     There are `concurrency` slots, each good for its share of the bytes; a large instance takes several. A copy that
     waits for its destination to come back holds none. One whose request hangs does; therefore no export gets all of
-    them: an eighth is left for the others.
+    them: an eighth is left for the others. Exports in trouble find out with other slots, half as many again, whether it
+    is over: however many hang, they cannot hold up those whose destinations are well.
     """
 
     def __init__(self, concurrency: int, bytes_in_flight: int, stream_bytes: int, chunks: int) -> None:
         self.concurrency = concurrency
         self.stream_bytes = stream_bytes
         self.slots = Slots(concurrency)
+        self.scouts = Slots(max(1, concurrency // 2))
         self._slot_bytes = max(1, bytes_in_flight // concurrency)
         self._share = concurrency - (max(1, concurrency // 8) if concurrency >= 4 else 0)
         self._executor = ThreadPoolExecutor(concurrency * chunks, thread_name_prefix="copy")
@@ -66,7 +69,7 @@ class CopyPool:
 
     def slots_for(self, size: int) -> int:
         """How many slots a copy of `size` bytes takes."""
-        return min(self._share, max(1, -(-size // self._slot_bytes)))
+        return min(self._share, self.scouts.count, max(1, -(-size // self._slot_bytes)))
 
     def close(self) -> None:
         self._executor.shutdown(wait=False, cancel_futures=True)
@@ -88,15 +91,16 @@ class ExportWatch:
     trouble_since: float | None = None
     finding_out: threading.Lock = field(default_factory=threading.Lock)
 
-    def wait_before_retry(self, fault: Fault, tries: int) -> None:
+    def wait_before_retry(self, fault: Fault, tries: int, since: float | None = None) -> None:
         """Sleep with growing, jittered back-off, or as long as the other side asked; end early when stopped.
 
-        Raises a permanent fault when it is time to give up.
+        since: when this trouble began, where that is not the watch's to know. Raises a permanent fault when it is time
+        to give up.
         """
         now = time.monotonic()
-        since = self.trouble_since
-        if since is None:
-            since = self.trouble_since = now
+        if self.trouble_since is None:
+            self.trouble_since = now
+        since = self.trouble_since if since is None else since
         quiet = now - since
         if quiet >= self.retry_seconds:
             raise type(fault)(
@@ -117,9 +121,10 @@ class _Hold:
     they are given back once the lane's turn is over.
     """
 
-    def __init__(self, pool: CopyPool, watch: ExportWatch) -> None:
+    def __init__(self, pool: CopyPool, watch: ExportWatch, shared: Slots | None = None) -> None:
+        """shared: slots to take instead of the pool's."""
         self._places = watch.pace.places
-        self._both = (watch.slots, pool.slots)
+        self._both = (watch.slots, shared or pool.slots)
         self._held = 0
         self._turn_ends = 0.0
 
@@ -174,6 +179,7 @@ def copy_chunk(
     Exceptions other than faults are errors of ours and are raised.
     """
     tries = 0
+    flushing_fails_since: float | None = None
     while True:
         chunk = _Chunk(operation_id, objects, store, destination, pool, watch)
         _run_lanes(chunk)
@@ -189,7 +195,9 @@ def copy_chunk(
                 fault = fault or flush_fault
                 break
             try:
-                watch.wait_before_retry(flush_fault, tries)
+                # Copies that succeed in between say nothing: they are written anew because flushing fails.
+                flushing_fails_since = flushing_fails_since or time.monotonic()
+                watch.wait_before_retry(flush_fault, tries, flushing_fails_since)
             except Fault as final:
                 fault = final
                 break
@@ -208,15 +216,28 @@ def copy_chunk(
 
 def _run_lanes(chunk: _Chunk) -> None:
     """Copy until the chunk is used up or must stop; on a stop, hanging copies are left behind and not counted."""
-    lanes = [chunk.pool.submit(lambda: _lane(chunk)) for _ in range(min(chunk.pool.concurrency, len(chunk.objects)))]
-    pending: set[Future[None]] = set(lanes)
-    while pending and not chunk.watch.stop.is_set():
-        pending = wait(pending, timeout=0.25).not_done
+    pending: set[Future[None]] = set()
+    is_begun = False
+    while not (is_begun and not pending) and not chunk.watch.stop.is_set():
+        is_begun = True
+        _add_lanes(chunk, pending)
+        pending = wait(pending, timeout=_LANES_SECONDS).not_done
     if pending:
         for lane in pending:
             lane.cancel()
         wait(pending, timeout=_STOP_GRACE_SECONDS)
         chunk.done, chunk.failures = list(chunk.done), list(chunk.failures)
+
+
+def _add_lanes(chunk: _Chunk, pending: set[Future[None]]) -> None:
+    """As many lanes as the pace has places; it may have found more since the last time."""
+    wanted = min(chunk.watch.pace.count, len(chunk.objects) - len(chunk.done) - len(chunk.failures))
+    try:
+        while len(pending) < wanted:
+            pending.add(chunk.pool.submit(lambda: _lane(chunk)))
+    except RuntimeError:  # no more threads on this machine, or the pool is closed
+        if not pending:
+            raise
 
 
 def _lane(chunk: _Chunk) -> None:
@@ -255,14 +276,16 @@ def _copy_with_retries(chunk: _Chunk, stored: StoredObject, hold: _Hold) -> bool
             hold.give_back()
             if not watch.finding_out.acquire(timeout=_TURN_SECONDS):
                 continue
+        used = _Hold(chunk.pool, watch, chunk.pool.scouts) if is_in_trouble else hold
         try:
-            _copy(chunk, stored, hold)
+            _copy(chunk, stored, used)
         except Fault as fault:
             if fault.kind is not FaultKind.TRANSIENT:
                 watch.trouble_since = None  # whoever refuses is there
                 raise
             failed = fault
-            watch.pace.failed()
+            if fault.side == "destination":
+                watch.pace.failed()
         except _Stopped:
             return False
         else:
@@ -271,6 +294,7 @@ def _copy_with_retries(chunk: _Chunk, stored: StoredObject, hold: _Hold) -> bool
             return True
         finally:
             if is_in_trouble:
+                used.give_back()
                 watch.finding_out.release()
         hold.give_back()
         watch.wait_before_retry(failed, tries)

@@ -75,8 +75,10 @@ class ErrorLog:
     _is_given_up: threading.Event = field(default_factory=threading.Event)
 
     def refresh(self) -> None:
-        """Rewrite the log if that is due. A fault only delays it."""
-        with self._one_at_a_time:
+        """Rewrite the log if that is due and nobody is at it. A fault only delays it."""
+        if not self._one_at_a_time.acquire(blocking=False):
+            return
+        try:
             state = self.operations.log_state(self.operation_id)
             age = (datetime.now(UTC) - state.written_at).total_seconds()
             has_grown = state.failures >= REFRESH_GROWTH * state.lines_written
@@ -94,6 +96,8 @@ class ErrorLog:
             except LogOutdated:
                 self._is_outdated = True  # its ETag was lost with a process; the last write puts that right
                 _log.warning("errors.log of %s is not refreshed any more before its end", self.operation_id)
+        finally:
+            self._one_at_a_time.release()
 
     def complete(self) -> None:
         """Write the log as it stays. Raises DestinationFault."""
@@ -108,6 +112,10 @@ class ErrorLog:
         """
         with self._one_at_a_time:
             self._write_whatever_is_there(self.operations.log_state(self.operation_id).etag)
+
+    @property
+    def is_given_up(self) -> bool:
+        return self._is_given_up.is_set()
 
     def give_up(self) -> None:
         """Whoever still writes for this generation must not replace what a later one writes."""

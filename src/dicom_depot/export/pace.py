@@ -13,6 +13,8 @@ from collections import deque
 _LOOK_SECONDS = 0.5
 """A look takes at least this long, and until each place has had two copies."""
 _COPIES_OF_A_PLACE = 2
+_COPIES_OF_A_FAULT = 20
+"""A fault to fewer copies than this is trouble."""
 _COPY_BYTES = 256 * 1024
 """What a copy costs beside its bytes, in bytes that could be sent instead."""
 _FIRST_PLACES = 4
@@ -36,6 +38,10 @@ class Slots:
         self._free = count
         self._waiting: deque[tuple[int, threading.Event]] = deque()
         self._changing = threading.Lock()
+
+    @property
+    def count(self) -> int:
+        return self._count
 
     @property
     def is_short(self) -> bool:
@@ -80,7 +86,7 @@ class Pace:
 
     It begins with a few and doubles them while that gets much more done. After that it tries now and then a quarter
     more, and a quarter fewer, and goes on in that direction while it pays; of two that are as fast it keeps the fewer.
-    Transient faults halve it.
+    Many transient faults at a time halve it.
     """
 
     def __init__(self, most: int) -> None:
@@ -112,20 +118,25 @@ class Pace:
                 self._look(rate)
 
     def failed(self) -> None:
-        """A copy met a transient fault."""
+        """A copy met a transient fault of the destination. Now and then one is normal; many at a time are a request to
+        slow down.
+        """
         now = time.monotonic()
         with self._changing:
+            self._faults += 1
+            if self._faults * _COPIES_OF_A_FAULT <= self._copies + _COPIES_OF_A_PLACE * self._count:
+                return
             if now - self._halved_at < _LOOK_SECONDS:
                 return  # one moment of trouble fails many copies
             self._halved_at = now
             self._begin_look(now)
-            self._rate, self._looks = None, 0
+            self._rate, self._looks = None, _LOOKS_BETWEEN_TRIALS - 2  # soon look upwards again
             self._kept = max(1, self._kept // 2)
             self._is_growing = self._kept == 1
             self._set(self._kept)
 
     def _begin_look(self, now: float) -> None:
-        self._looked_at, self._done, self._copies = now, 0, 0
+        self._looked_at, self._done, self._copies, self._faults = now, 0, 0, 0
 
     def _look(self, rate: float) -> None:
         before, self._rate = self._rate, rate

@@ -7,6 +7,7 @@ begins. Planning that is interrupted goes on at that place; planning that runs t
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -42,6 +43,7 @@ class Planner:
     chunk_instances: int
     chunk_bytes: int
     _selections: dict[OperationId, Selection | None] = field(default_factory=dict)
+    _choosing: threading.Lock = field(default_factory=threading.Lock)
 
     def plan_page(self, operation_id: OperationId, generation: int) -> int | None:
         """Plan the next page of an operation; returns the number of its first chunk, None when nothing was planned
@@ -86,12 +88,16 @@ class Planner:
             place = page.following
 
     def _selection(self, operation_id: OperationId) -> Selection | None:
-        if operation_id not in self._selections:
+        with self._choosing:
+            if operation_id in self._selections:
+                return self._selections[operation_id]
+        texts = self.operations.identifiers(operation_id)
+        selection = None if texts is None else select(map(parse_identifier, texts))
+        with self._choosing:
             while len(self._selections) >= _SELECTIONS_KEPT:
                 self._selections.pop(next(iter(self._selections)), None)
-            texts = self.operations.identifiers(operation_id)
-            self._selections[operation_id] = None if texts is None else select(map(parse_identifier, texts))
-        return self._selections[operation_id]
+            self._selections[operation_id] = selection
+        return selection
 
     def _next_page(self, selection: Selection | None, cutoff: int, place: _Place) -> _Page:
         limit = _CHUNKS_IN_PAGE * self.chunk_instances

@@ -28,6 +28,7 @@ from dicom_depot.domain.errors import (
 from dicom_depot.domain.export import DestinationSpec
 from dicom_depot.domain.operation import Operation, OperationId, OperationStatus, unknown_operation
 from dicom_depot.export.error_log import ErrorLog
+from dicom_depot.export.service import begin
 from dicom_depot.export.trail import NO_TRAIL, record_resume
 from dicom_depot.ports import (
     AuditTrail,
@@ -88,7 +89,7 @@ class ResumeService:
                 raise Conflict("Another request resumed the operation, and it has ended again.", target="operationId")
         record_resume(self.audit, resumed, caller)
         _log.info("operation %s resumed as generation %d", operation_id, resumed.generation)
-        self.engine.start(operation_id)
+        begin(self.engine, resumed)
         return resumed
 
     @contextmanager

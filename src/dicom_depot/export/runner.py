@@ -25,7 +25,7 @@ from dicom_depot.domain.errors import (
     StorageFull,
 )
 from dicom_depot.domain.export import DestinationSpec
-from dicom_depot.domain.operation import OperationError, OperationId, OperationStatus
+from dicom_depot.domain.operation import Operation, OperationError, OperationId, OperationStatus
 from dicom_depot.export.copier import CopyPool, ExportWatch, copy_chunk
 from dicom_depot.export.error_log import ErrorLog, is_untouched
 from dicom_depot.export.planner import Planner
@@ -98,6 +98,7 @@ class ExportRunner:
         self._ends_recorded: deque[tuple[OperationId, datetime | None]] = deque(maxlen=_ENDS_REMEMBERED)
         self._open: dict[tuple[OperationId, int], _OpenExport] = {}
         self._opening = threading.Lock()
+        self._turns: dict[OperationId, threading.Lock] = {}
         self._closed = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="export-watch", daemon=True)
         self._watcher.start()
@@ -162,13 +163,16 @@ class ExportRunner:
 
     def finish(self, operation_id: OperationId, generation: int) -> None:
         """Complete the log, then enter the terminal state and erase the secret."""
-        self._insist(operation_id, generation, lambda: self._finish(operation_id, generation), gone=True)
-        self._record_end(operation_id, generation)
+        ended: list[Operation] = []
+        self._insist(operation_id, generation, lambda: self._finish(operation_id, generation, ended), gone=True)
+        self._record_end(operation_id, generation, ended)
 
-    def stop(self, operation_id: OperationId) -> None:
-        """Let the copies of an operation in this process stop now, instead of when the watch notices."""
-        for (of, _), opened in list(self._open.items()):
-            if of == operation_id:
+    def stop(self, operation_id: OperationId, generation: int) -> None:
+        """Let the copies of an operation in this process stop now, instead of when the watch notices. A generation that
+        began since is not meant.
+        """
+        for (of, number), opened in list(self._open.items()):
+            if of == operation_id and number <= generation:
                 opened.watch.stop.set()
 
     def close(self) -> None:
@@ -203,8 +207,8 @@ class ExportRunner:
         following = number + self._window
         return self._operations.runnable(operation_id, self._window, following, following)
 
-    def _finish(self, operation_id: OperationId, generation: int) -> bool:
-        """True when the operation has ended, false when it must not yet."""
+    def _finish(self, operation_id: OperationId, generation: int, ended: list[Operation]) -> bool:
+        """True when the operation has ended, which is then added to `ended`; false when it must not yet."""
         if not self._is_current(operation_id, generation) or not self._operations.is_settled(operation_id):
             return False
         if not is_untouched(self._operations.log_state(operation_id)):
@@ -216,8 +220,9 @@ class ExportRunner:
                 # Without its log an operation has not succeeded; one that failed or was canceled ends all the same.
                 self._fail(operation_id, generation, self._explained(operation_id, error))
         operation = self._operations.finish(operation_id)
-        with self._opening:
-            self._let_go(operation_id, generation)
+        ended.append(operation)
+        self._let_go(operation_id, generation)
+        self._turns.pop(operation_id, None)
         _log.info(
             "operation %s ended: %s, %d exported, %d skipped of %d, %d bytes%s",
             operation_id,
@@ -230,12 +235,16 @@ class ExportRunner:
         )
         return True
 
-    def _record_end(self, operation_id: OperationId, generation: int) -> None:
+    def _record_end(self, operation_id: OperationId, generation: int, ended: list[Operation]) -> None:
         """One audit line for an end. A process that dies between the end and its line runs this step again; one that
         dies right after the line writes it a second time: at least once, and nearly always once.
         """
-        operation = self._guarded(
-            operation_id, generation, lambda: self._operations.get(operation_id), failed=None, gone=None
+        operation = (
+            ended[0]
+            if ended
+            else self._guarded(
+                operation_id, generation, lambda: self._operations.get(operation_id), failed=None, gone=None
+            )
         )
         if operation is None or not operation.status.is_terminal:
             return
@@ -266,15 +275,15 @@ class ExportRunner:
                 raise Interrupted
             if opened.watch.stop.is_set():
                 stopped_at = stopped_at or time.monotonic()
-                seconds = LAST_LOG_SECONDS.get(self._operations.get(operation_id).status, 0.0)
-                if time.monotonic() > stopped_at + seconds:
+                seconds = LAST_LOG_SECONDS.get(self._operations.get(operation_id).status)
+                if seconds is not None and time.monotonic() > stopped_at + seconds:
                     _log.warning("operation %s ends without its complete error log", operation_id)
                     return
         written.result()
 
     def _write_last_log(self, operation_id: OperationId, opened: _OpenExport) -> None:
         tries = 0
-        while True:
+        while not opened.log.is_given_up:
             try:
                 opened.log.complete()
             except Fault as fault:
@@ -293,25 +302,31 @@ class ExportRunner:
             operation_id, lambda: self._operations.stop(operation_id, OperationStatus.FAILING, error, generation)
         )
         if generation in (None, operation.generation):
-            self.stop(operation_id)
+            self.stop(operation_id, operation.generation)
 
     def _opened(self, operation_id: OperationId, generation: int) -> _OpenExport:
         """What the steps of one generation share. The next one signs in anew and has its own order to stop."""
+        key = (operation_id, generation)
         with self._opening:
-            opened = self._open.get((operation_id, generation))
+            turn = self._turns.setdefault(operation_id, threading.Lock())
+        with turn:  # opening may take seconds, and is no reason for other operations to wait
+            opened = self._open.get(key)
             if opened is None:
                 self._let_go(operation_id, generation - 1)
                 destination = self._destinations.open(self._destination_spec(operation_id))
                 log = ErrorLog(self._operations, operation_id, destination)
                 watch = ExportWatch(self._retry_seconds, self._pool.share(), self._pool.pace())
                 opened = _OpenExport(destination, watch, log)
-                self._open[operation_id, generation] = opened
+                with self._opening:
+                    self._open[key] = opened
             return opened
 
     def _let_go(self, operation_id: OperationId, generation: int) -> None:
-        """Stop and close what this generation and earlier ones opened. Called with `_opening` held."""
-        for key in [key for key in self._open if key[0] == operation_id and key[1] <= generation]:
-            opened = self._open.pop(key)
+        """Stop and close what this generation and earlier ones opened."""
+        with self._opening:
+            left = [key for key in self._open if key[0] == operation_id and key[1] <= generation]
+            closing = [self._open.pop(key) for key in left]
+        for opened in closing:
             opened.watch.stop.set()
             opened.log.give_up()
             opened.destination.close()
@@ -380,12 +395,12 @@ class ExportRunner:
                 _log.exception("the watch over running operations could not look; it tries again")
 
     def _stop_copies(self) -> None:
-        open_ids = [id_ for (id_, _), opened in list(self._open.items()) if not opened.watch.stop.is_set()]
-        if open_ids:
-            statuses = self._operations.statuses(open_ids)
-            for operation_id in open_ids:
+        running = [(id_, opened) for (id_, _), opened in list(self._open.items()) if not opened.watch.stop.is_set()]
+        if running:
+            statuses = self._operations.statuses([operation_id for operation_id, _ in running])
+            for operation_id, opened in running:
                 if statuses.get(operation_id) is not OperationStatus.RUNNING:
-                    self.stop(operation_id)
+                    opened.watch.stop.set()
 
 
 class Interrupted(BaseException):

@@ -110,7 +110,7 @@ class ExportService:
         finally:
             destination.close()
         _log.info("operation %s recorded: export to %s", operation.id, spec.type)
-        self.engine.start(operation.id)
+        begin(self.engine, operation)
         return operation
 
     def dry_run(self, specification: ExportSpecification) -> DryRun:
@@ -142,8 +142,8 @@ class ExportService:
         operation = self.operations.stop(operation_id, OperationStatus.CANCELING, None)
         match operation.status:
             case OperationStatus.CANCELING:
-                self.runner.stop(operation_id)
-                self.engine.settle(operation_id)
+                self.runner.stop(operation_id, operation.generation)
+                self.engine.settle(operation_id, operation.generation)
             case OperationStatus.CANCELED:
                 pass
             case OperationStatus.FAILING:
@@ -168,6 +168,14 @@ class ExportService:
 def _scoped(idempotency_key: str, caller: Caller) -> str:
     """The key as it is stored: callers do not meet in one another's keys, nor read them in the database."""
     return hashlib.sha256(f"{caller.key}\0{idempotency_key}".encode()).hexdigest()
+
+
+def begin(engine: DurableEngine, operation: Operation) -> None:
+    """Hand a recorded operation to the engine. What goes wrong is not the caller's: the record alone makes it run."""
+    try:
+        engine.start(operation.id, operation.generation)
+    except Exception:
+        _log.exception("operation %s is recorded and begins later", operation.id)
 
 
 def _prove_writable(destination: Destination, key: str) -> str | None:

@@ -164,6 +164,18 @@ class ChunkContract(Generic[OperationsT]):
         assert max(results)[1], "another one than the last committed"
         assert operations.get(id_).exported == 1
 
+    def test_what_was_stopped_although_the_operation_runs_is_planned_again(self) -> None:
+        operations = self.make_operations()
+        id_ = planned(operations, 2)
+        chunk = claimed(operations, id_, 0)
+        assert not operations.commit_chunk(chunk, outcome(1, is_complete=False))
+        assert operations.get(id_).exported == 0
+        assert operations.runnable(id_, 2) == [0]
+        again = claimed(operations, id_, 0)
+        assert not operations.commit_chunk(chunk, outcome(2))
+        assert operations.commit_chunk(again, outcome(2))
+        assert operations.get(id_).exported == 2
+
     def test_many_chunks_committed_at_once_add_up(self) -> None:
         operations = self.make_operations()
         id_ = planned(operations, *[3] * 40)
@@ -224,6 +236,8 @@ class ChunkContract(Generic[OperationsT]):
         operations = self.make_operations()
         id_ = planned(operations, 2, 1)
         operations.commit_chunk(claimed(operations, id_, 1), outcome(1))
-        operations.commit_chunk(claimed(operations, id_, 0), outcome(1, is_complete=False))
-        assert not operations.is_settled(id_)
+        stopped = claimed(operations, id_, 0)
+        operations.stop(id_, _S.CANCELING, None)
+        assert operations.commit_chunk(stopped, outcome(1, is_complete=False))
+        assert operations.runnable(id_, 2) == []
         assert operations.get(id_).exported == 2

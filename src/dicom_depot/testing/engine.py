@@ -60,11 +60,10 @@ class StepEngine:
         self._workflow = ""
         self._steps = 0
 
-    def start(self, operation_id: OperationId) -> None:
-        self._start_plan(operation_id, self._runner.generation(operation_id))
+    def start(self, operation_id: OperationId, generation: int) -> None:
+        self._start_plan(operation_id, generation)
 
-    def settle(self, operation_id: OperationId) -> None:
-        generation = self._runner.generation(operation_id)
+    def settle(self, operation_id: OperationId, generation: int) -> None:
         if self._runner.is_settled(operation_id, generation):
             self._start_finish(operation_id, generation)
 

@@ -30,6 +30,8 @@ _DESTINATION_MEMBERS: Mapping[str, Mapping[str, type]] = {
 }
 _SOURCE_TYPES = ("identifiers",)
 _SETTING_LENGTH_MAX = 8192
+_NAME_LENGTH_MAX = 256
+_NAME_LENGTH_SHOWN = 60
 _STATUSES: tuple[Literal["On"], Literal["Off"]] = ("On", "Off")
 
 
@@ -186,9 +188,10 @@ def _members(value: Any, place: str, known: Sequence[str]) -> dict[str, Any]:
 
 
 def _unknown(name: str, proper: Mapping[str, str], place: str) -> str:
-    near = difflib.get_close_matches(name.lower(), proper, n=1, cutoff=0.5)
+    is_short = len(name) <= _NAME_LENGTH_SHOWN  # comparing takes time that grows with the square of the length
+    near = difflib.get_close_matches(name.lower(), proper, n=1, cutoff=0.5) if is_short else []
     hint = f"Did you mean '{proper[near[0]]}'?" if near else f"Known members: {', '.join(proper.values())}."
-    shown = ascii(name if len(name) <= 60 else name[:57] + "...")
+    shown = ascii(name if is_short else name[: _NAME_LENGTH_SHOWN - 3] + "...")
     return f"{shown} is not a member of {place or 'the body'}. {hint}"
 
 
@@ -239,10 +242,14 @@ def _no_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     members: dict[str, Any] = {}
     seen: set[str] = set()
     for name, value in pairs:
+        if len(name) > _NAME_LENGTH_MAX:
+            raise ValueError(f"a member name has {len(name)} characters; at most {_NAME_LENGTH_MAX} are allowed")
         if not _is_text(name):
-            raise ValueError(f"the member name {name[:60]!a} holds a control character or half of a surrogate pair")
+            raise ValueError(
+                f"the member name {name[:_NAME_LENGTH_SHOWN]!a} holds a control character or half of a surrogate pair"
+            )
         if name.lower() in seen:
-            raise ValueError(f"the member {name[:60]!a} stands twice in one object")
+            raise ValueError(f"the member {name[:_NAME_LENGTH_SHOWN]!a} stands twice in one object")
         seen.add(name.lower())
         members[name] = value
     return members

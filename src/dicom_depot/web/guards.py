@@ -10,6 +10,7 @@ Sec-Fetch-Site; tokens would stop it, a browser does not add those by itself.
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import re
 import time
 from urllib.parse import urlsplit
@@ -39,7 +40,9 @@ class GuardMiddleware:
         self._is_anonymous = not settings.auth_issuers
         public = urlsplit(settings.public_url or "")
         self._public_origin = f"{public.scheme}://{public.netloc}".lower() if public.netloc else None
-        self._hosts = LOOPBACK_NAMES | ({_host_name(public.netloc)} if public.netloc else set())
+        self._hosts = (
+            LOOPBACK_NAMES | _own_names(settings.host) | ({_host_name(public.netloc)} if public.netloc else set())
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -122,6 +125,19 @@ class _Watch:
         self._bytes += len(message.get("body", b""))
         self._is_complete = message["type"] != "http.request" or not message.get("more_body", False)
         return message
+
+
+def _own_names(host: str) -> set[str]:
+    """How Host names the address that the service listens on, where it is a loopback address; or its name, which was
+    checked at the start.
+    """
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return {host.lower()}
+    if not address.is_loopback:
+        return set()
+    return {f"[{address}]" if address.version == 6 else str(address)}
 
 
 def _host_name(host: str) -> str | None:

@@ -12,11 +12,13 @@ import uuid
 from dataclasses import dataclass, field
 from typing import Any
 
+from anyio import CancelScope
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dicom_depot.domain.access import Action, Caller
 from dicom_depot.telemetry import REQUEST_ID
+from dicom_depot.web.waiting import run_audit
 
 _KEY = "dicom_depot.trail"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
@@ -65,11 +67,12 @@ class TrailMiddleware:
             await self._app(scope, receive, send_with_id)
         finally:
             if trail.action is not None or status in _REFUSALS:
-                _record(scope, trail, status, time.monotonic() - started_at)
+                with CancelScope(shield=True):  # a client that goes away does not take its line with it
+                    await _record(scope, trail, status, time.monotonic() - started_at)
             REQUEST_ID.reset(token)
 
 
-def _record(scope: Scope, trail: RequestTrail, status: int, seconds: float) -> None:
+async def _record(scope: Scope, trail: RequestTrail, status: int, seconds: float) -> None:
     context = getattr(scope["app"].state, "context", None) if "app" in scope else None
     if context is None:
         return
@@ -85,7 +88,7 @@ def _record(scope: Scope, trail: RequestTrail, status: int, seconds: float) -> N
         "duration_ms": round(seconds * 1000),
         "outcome": "allowed" if status < 400 else "refused" if status in _REFUSALS else "failed",
     }
-    context.audit.record("request", **(trail.details | frame))
+    await run_audit(context.audit.record, "request", **(trail.details | frame))
 
 
 def _template(path: str, template: str) -> str:

@@ -1,4 +1,4 @@
-"""Threads of their own for requests that wait for others: destinations, the cloud's identity service.
+"""Threads of their own for what waits for others: destinations, the cloud's identity service, the audit trail's disk.
 
 The threads that all other requests share are few. If slow destinations could take them all, status, health and sign-in
 would stand still with them.
@@ -17,8 +17,14 @@ _T = TypeVar("_T")
 
 WAITING_MAX = 16
 _limiter = CapacityLimiter(WAITING_MAX)
+_audit_limiter = CapacityLimiter(1)
 
 
 async def run_waiting(function: Callable[_P, _T], *arguments: _P.args, **named: _P.kwargs) -> _T:
     """Run in a thread what may wait long for somebody else. Further calls wait for their turn."""
     return await to_thread.run_sync(functools.partial(function, *arguments, **named), limiter=_limiter)
+
+
+async def run_audit(function: Callable[_P, _T], *arguments: _P.args, **named: _P.kwargs) -> _T:
+    """Write audit lines in a thread, one after the other: they keep their order, and no request waits on the disk."""
+    return await to_thread.run_sync(functools.partial(function, *arguments, **named), limiter=_audit_limiter)

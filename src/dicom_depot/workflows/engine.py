@@ -43,8 +43,6 @@ CHUNKS_OF_ONE_OPERATION = 3
 """Chunks of one operation that run at the same time in a process: one drains while the next one fills the threads. A
 third one stands ready: to a near destination a chunk is copied as fast as the next one is claimed and looked up.
 """
-CHUNKS_IN_ALL = 64
-"""Many: an export that waits for its destination keeps its chunks, which sleep then and must not hold up others."""
 WINDOW = 2 * CHUNKS_OF_ONE_OPERATION
 
 _QUEUE = "export-chunks"
@@ -88,7 +86,6 @@ class DbosEngine:
         DBOS.launch()
         DBOS.register_queue(
             _QUEUE,
-            worker_concurrency=CHUNKS_IN_ALL,
             partition_worker_concurrency=CHUNKS_OF_ONE_OPERATION,
             polling_interval_sec=_POLLING_SECONDS,
             on_conflict="always_update",
@@ -96,11 +93,10 @@ class DbosEngine:
         self._take_over()
         threading.Thread(target=self._maintain, name="engine-maintenance", daemon=True).start()
 
-    def start(self, operation_id: OperationId) -> None:
-        self._start_plan(operation_id, self._runner.generation(operation_id))
+    def start(self, operation_id: OperationId, generation: int) -> None:
+        self._start_plan(operation_id, generation)
 
-    def settle(self, operation_id: OperationId) -> None:
-        generation = self._runner.generation(operation_id)
+    def settle(self, operation_id: OperationId, generation: int) -> None:
         if self._runner.is_settled(operation_id, generation):
             self._start_finish(operation_id, generation)
 

@@ -69,9 +69,9 @@ async def start_export(
     trail["identifier_count"] = None if specification.identifiers is None else len(specification.identifiers)
     if dry_run:
         trail["dry_run"] = True
-        counted = await run_in_threadpool(opened.exports.dry_run, specification)
-        return JSONResponse(dry_run_result(counted).to_json())
-    async with contextlib.nullcontext() if idempotency_key is None else opened.turns.of(idempotency_key):
+        return await run_in_threadpool(_count, opened, specification)
+    turn = None if idempotency_key is None else opened.turns.of(f"{caller.key}\0{idempotency_key}")
+    async with turn or contextlib.nullcontext():
         operation = await run_waiting(opened.exports.start, specification, idempotency_key, caller)
     trail["operation_id"] = operation.id
     href = f"{base_url(request)}/v{version_of(request)}/operations/{operation.id}"
@@ -81,9 +81,16 @@ async def start_export(
 
 def _refuse_other_spellings(request: Request) -> None:
     """A dry run that is not understood would be an export."""
+    if len(request.query_params.getlist("dryRun")) > 1:
+        raise InvalidRequest("The parameter dryRun must be given once; nothing was started.", target="dryRun")
     for name in request.query_params:
         if name != "dryRun" and name.lower().replace("_", "").replace("-", "") == "dryrun":
             raise InvalidRequest("The parameter is spelt dryRun; nothing was started.", target="dryRun")
+
+
+def _count(opened: WebContext, specification: ExportSpecification) -> JSONResponse:
+    """The dry run's answer; it may list very many identifiers."""
+    return JSONResponse(dry_run_result(opened.exports.dry_run(specification)).to_json())
 
 
 def _specification(opened: WebContext, body: bytes) -> ExportSpecification:

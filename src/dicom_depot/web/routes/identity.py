@@ -6,7 +6,6 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
-from starlette.concurrency import run_in_threadpool
 
 from dicom_depot.domain.access import Action, Caller
 from dicom_depot.domain.errors import IdentityDisabled, IdentityUnavailable
@@ -16,6 +15,7 @@ from dicom_depot.web.access import requires
 from dicom_depot.web.context import context
 from dicom_depot.web.models import IDENTITY_REQUEST_SCHEMA, ErrorBody, IdentityState, identity_state
 from dicom_depot.web.trail import trail_of
+from dicom_depot.web.waiting import run_waiting
 
 router = APIRouter(tags=["identity"])
 
@@ -24,9 +24,9 @@ _ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": ErrorBody} for sta
 
 
 @router.get("/identity", response_model=IdentityState, response_model_exclude_none=True)
-def get_identity(request: Request, caller: Annotated[Caller, requires(Action.MANAGE)]) -> JSONResponse:
+async def get_identity(request: Request, caller: Annotated[Caller, requires(Action.MANAGE)]) -> JSONResponse:
     """Whether exports may use the managed identity; and, where they may, whose it is or why no token can be had."""
-    return JSONResponse(_state(context(request).identity).to_json())
+    return JSONResponse((await run_waiting(_state, context(request).identity)).to_json())
 
 
 @router.put(
@@ -43,8 +43,8 @@ async def set_identity(request: Request, caller: Annotated[Caller, requires(Acti
     identity = context(request).identity
     status = bodies.parse_status(bodies.parse_json(await bodies.read_body(request, _BODY_BYTES_MAX)))
     trail_of(request.scope).details["switched"] = status
-    await run_in_threadpool(identity.set_enabled, on=status == "On")
-    return JSONResponse((await run_in_threadpool(_state, identity)).to_json())
+    await run_waiting(identity.set_enabled, on=status == "On")
+    return JSONResponse((await run_waiting(_state, identity)).to_json())
 
 
 def _state(identity: ManagedIdentity) -> IdentityState:
