@@ -16,8 +16,8 @@ _HEAD = """# Settings
 Each setting comes from a flag (`--data-dir`), the environment (`DICOM_DEPOT_DATA_DIR`), a TOML file (`data_dir`, the
 file named by `--config` or `DICOM_DEPOT_CONFIG`) or its default, in this order. `dicom-depot settings` prints the
 effective values and where each comes from. Keys for secrets have no flag: command lines can be read by others. An empty
-variable counts as unset; a list without entries is `,`. A variable `DICOM_DEPOT_...` that nothing reads
-stops the command.
+variable counts as unset; a list without entries is `,`. A variable `DICOM_DEPOT_...` that nothing reads stops the
+command. (Kubernetes makes such variables for a Service named `dicom-depot`: set `enableServiceLinks: false`.)
 
 | setting | default | bounds | meaning |
 |---|---|---|---|
