@@ -33,10 +33,10 @@ demo: $(VENV)/runtime.stamp ## Import synthetic DICOM files, export them through
 	$(BIN)/dicom-depot demo
 
 test: $(VENV)/dev.stamp node ## Run all tests, against real servers that they start themselves
-	$(BIN)/python -m pytest -m "not long and not clients"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not long and not clients"
 
 test-long: $(VENV)/dev.stamp node ## Run the tests that take minutes
-	$(BIN)/python -m pytest -m long
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m long
 
 test-clients: $(VENV)/dev.stamp node debian-clients ## Third-party clients from Debian (needs root)
 	$(BIN)/python -m pytest tests/clients -m clients
