@@ -197,6 +197,11 @@ def test_an_export_that_failed_exits_with_4_and_its_reason(
     assert SECRET not in result.output
 
 
+def _obey_ctrl_c() -> None:
+    """What is started in the background ignores it, and so do its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_ends_the_waiting_and_not_the_export(
     ask: Invoke, depot: Depot, failing_instances: Callable[[Respond], None]
 ) -> None:
@@ -209,6 +214,7 @@ def test_ctrl_c_ends_the_waiting_and_not_the_export(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=_obey_ctrl_c,  # noqa: PLW1509  (the child runs nothing else before its exec)
     )
     started = httpx.get(f"{depot.service.url}/v2/operations?status=running").json()["operations"]
     while not started:
