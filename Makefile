@@ -36,7 +36,7 @@ test: $(VENV)/dev.stamp node ## Run all tests, against real servers that they st
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not long and not clients"
 
 test-long: $(VENV)/dev.stamp node ## Run the tests that take minutes
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m long
+	$(BIN)/python -m pytest -m long
 
 test-clients: $(VENV)/dev.stamp node debian-clients ## Third-party clients from Debian (needs root)
 	$(BIN)/python -m pytest tests/clients -m clients
