@@ -109,6 +109,13 @@ def test_however_many_destinations_hang_another_export_goes_on() -> None:
     pool.close()
 
 
+@pytest.mark.parametrize("concurrency", [1, 2, 16])
+def test_an_instance_as_large_as_the_bytes_in_flight_is_alone(concurrency: int) -> None:
+    pool = CopyPool(concurrency, bytes_in_flight=1 << 20, stream_bytes=1 << 20, chunks=1)
+    assert 2 * pool.slots_for(1 << 20) > concurrency
+    pool.close()
+
+
 def test_a_flush_that_never_succeeds_ends_the_export_when_its_time_is_over() -> None:
     pool = CopyPool(concurrency=2, bytes_in_flight=1 << 20, stream_bytes=1 << 20, chunks=1)
     began = time.monotonic()

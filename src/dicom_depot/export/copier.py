@@ -37,7 +37,8 @@ _LANES_SECONDS = 0.25
 class CopyPool:
     """What a process may use for copying, shared by all its chunks.
 
-    concurrency: instances copied at the same time. bytes_in_flight: bytes of instances held in memory at most.
+    concurrency: instances copied at the same time. bytes_in_flight: bytes of instances held in memory at most;
+    exports whose destination is in trouble may hold half as many again.
     stream_bytes: an instance larger than this is streamed, and counted with this many bytes.
     chunks: chunks that may run at the same time.
 
@@ -69,7 +70,7 @@ class CopyPool:
 
     def slots_for(self, size: int) -> int:
         """How many slots a copy of `size` bytes takes."""
-        return min(self._share, self.scouts.count, max(1, -(-size // self._slot_bytes)))
+        return min(self._share, max(1, -(-size // self._slot_bytes)))
 
     def close(self) -> None:
         self._executor.shutdown(wait=False, cancel_futures=True)
@@ -136,7 +137,7 @@ class _Hold:
         self.give_back()
         self._places.take(1)
         own.take(count)
-        shared.take(count)
+        shared.take(min(count, shared.count))
         self._held = count
         self._turn_ends = time.monotonic() + _TURN_SECONDS
 
@@ -144,7 +145,7 @@ class _Hold:
         held, self._held = self._held, 0
         if held:
             for slots in self._both:
-                slots.give_back(held)
+                slots.give_back(min(held, slots.count))
             self._places.give_back(1)
 
 
