@@ -133,6 +133,21 @@ class Settings(BaseSettings):
         default=100_000, ge=1, le=10_000_000, description="Identifiers in one export request, at most."
     )
     max_body_bytes: int = Field(default=32 * _MIB, ge=1024, le=1 << 40, description="Bytes of a request body, at most.")
+    store_instance_bytes_max: int = Field(
+        default=4 << 30,
+        ge=1024,
+        le=1 << 40,
+        description="Bytes of one instance that is stored over DICOMweb, at most.",
+    )
+    store_instances_max: int = Field(
+        default=10_000, ge=1, le=1_000_000, description="Instances in one request to store, at most."
+    )
+    transcode_bytes_max: int = Field(
+        default=100 * _MIB,
+        ge=1024,
+        le=2 << 30,
+        description="Larger instances are not transcoded, only sent as they are stored, in bytes.",
+    )
     operation_retention_days: float = Field(
         default=30.0, gt=0, le=36500, description="Days that an ended operation and its log lines are kept."
     )
@@ -146,7 +161,7 @@ class Settings(BaseSettings):
         default=256 * _MIB,
         ge=0,
         le=1 << 50,
-        description="Free space that the data folder must have at the start, in bytes.",
+        description="Free space that the data folder must have at the start, and that storing leaves free, in bytes.",
     )
     identity_source: Literal["auto", "managed", "workload", "cli"] = Field(
         default="auto",

@@ -21,7 +21,7 @@ from dicom_depot.domain.export import (
 )
 from dicom_depot.domain.identifiers import InstanceRef, Ref
 from dicom_depot.domain.identity import AccessToken, IdentityDescription
-from dicom_depot.domain.instance import InstanceRecord, StoredObject
+from dicom_depot.domain.instance import InstanceRecord, Metadata, StoredObject
 from dicom_depot.domain.operation import Operation, OperationError, OperationId, OperationStatus
 
 
@@ -33,11 +33,31 @@ class StoreEntry(NamedTuple):
     modified_at: float
 
 
+class BlobWriter(Protocol):
+    """One object on its way into the store; absent until it is closed. For one thread at a time."""
+
+    def write(self, block: bytes) -> None:
+        """Append. Raises StorageFull, SourceFault; nothing of the object remains then."""
+        ...
+
+    def close(self) -> None:
+        """Make the object appear, whole and not yet durable."""
+        ...
+
+    def abandon(self) -> None:
+        """Leave nothing behind. Idempotent, also after an error or `close`, which it does not undo; never raises."""
+        ...
+
+
 class BlobStore(Protocol):
     """The service's own store: immutable objects under random keys that are never reused."""
 
     def new_keys(self, count: int) -> list[str]:
         """Return fresh random keys that lie near each other, so that making them durable together is cheap."""
+        ...
+
+    def writer(self, key: str) -> BlobWriter:
+        """Begin one object whose bytes arrive bit by bit. Raises StorageFull, SourceFault, as its methods do."""
         ...
 
     def put(self, key: str, blocks: Iterable[bytes]) -> None:
@@ -60,6 +80,10 @@ class BlobStore(Protocol):
 
     def stream(self, key: str, block_bytes: int) -> Iterator[bytes]:
         """The object's bytes in blocks of at most `block_bytes`. Errors as `read`."""
+        ...
+
+    def read_range(self, key: str, offset: int, length: int) -> bytes:
+        """The object's bytes from `offset` on: `length` of them, or fewer where it ends. Errors as `read`."""
         ...
 
     def delete(self, key: str) -> None:
@@ -86,6 +110,7 @@ class AddOutcome(StrEnum):
     """What `InstanceIndex.add` did with one record."""
 
     STORED = "stored"
+    REPLACED = "replaced"
     ALREADY_THERE = "alreadyThere"
     CONFLICTING = "conflicting"
 
@@ -133,7 +158,9 @@ class InstanceIndex(Protocol):
     def add(self, records: Sequence[InstanceRecord]) -> list[AddOutcome]:
         """Store index rows in one transaction, durable on return, one outcome a record in order.
 
-        Of several records with the same identifiers the first wins. Raises StorageFull, ServiceUnavailable.
+        Of several records with the same identifiers the first wins, unless a later one may replace it: then the one
+        that is there is marked deleted, by the number that the new one takes. The same bytes never replace themselves.
+        Raises StorageFull, ServiceUnavailable.
         """
         ...
 
@@ -187,6 +214,101 @@ class InstanceIndex(Protocol):
         """The highest number of a deletion whose row is gone: a cut-off from there on still sees all of its instances.
         0 when nothing was ever forgotten.
         """
+        ...
+
+
+class StoredInstance(NamedTuple):
+    """A live instance, as retrieval needs it. `sequence` is the number that storing it took."""
+
+    instance_id: int
+    ref: InstanceRef
+    store_key: str
+    size: int
+    transfer_syntax_uid: str
+    sequence: int
+
+
+class ResourceVersion(NamedTuple):
+    """What changes whenever something below a study, series or instance is stored, replaced or deleted."""
+
+    last_sequence: int
+    instance_count: int
+
+
+class InstanceCatalog(Protocol):
+    """What is stored now, for retrieval. Pages are in a stable order: by series, then by SOP instance UID."""
+
+    def version_of(self, ref: Ref) -> ResourceVersion:
+        """Raises NotFound when nothing live lies below `ref`."""
+        ...
+
+    def instances(self, ref: Ref, after: Cursor | None, limit: int) -> tuple[list[StoredInstance], Cursor | None]:
+        """A page of the live instances below `ref`, and where the next one begins; None after the last."""
+        ...
+
+    def transfer_syntaxes(self, ref: Ref) -> frozenset[str]:
+        """The transfer syntax UIDs of all live instances below `ref`."""
+        ...
+
+    def metadata(self, instance_ids: Sequence[int]) -> dict[int, Metadata]:
+        """What the index holds; instances whose files were not read for it yet are left out."""
+        ...
+
+    def without_metadata(self, limit: int) -> tuple[list[StoredInstance], int | None]:
+        """Of the next `limit` live instances that the back-fill has not come to, those that lack metadata; and the
+        internal id that it has come to with them, None where there are no more.
+        """
+        ...
+
+    def add_metadata(self, found: Mapping[int, Metadata], done_up_to: int) -> None:
+        """Keep these, and that the back-fill has come to the internal id `done_up_to`. Idempotent."""
+        ...
+
+
+class ChangeAction(StrEnum):
+    """What happened to an instance. Spellings are the wire's."""
+
+    CREATE = "Create"
+    DELETE = "Delete"
+    UPDATE = "Update"
+
+
+class ChangeState(StrEnum):
+    """What has become of the instance version that a change is about. Spellings are the wire's."""
+
+    CURRENT = "Current"
+    REPLACED = "Replaced"
+    DELETED = "Deleted"
+
+
+class Change(NamedTuple):
+    """One entry of the change feed. `instance_id`: of the live instance, where this change made it."""
+
+    sequence: int
+    ref: InstanceRef
+    action: ChangeAction
+    state: ChangeState
+    occurred_at: datetime
+    instance_id: int | None
+
+
+class ChangeFeed(Protocol):
+    """Every store, replacement and deletion, in commit order: the numbers of `InstanceIndex`, one entry each. What a
+    reader has seen up to a number is all that there will ever be up to it.
+    """
+
+    def changes(
+        self, after: int, limit: int, since: datetime | None = None, before: datetime | None = None
+    ) -> list[Change]:
+        """Entries with higher numbers than `after`, lowest first, at most `limit`.
+
+        With a time (from `since` on, earlier than `before`) `after` is how many of the window's entries are left out;
+        nothing will still be added to a window that has passed.
+        """
+        ...
+
+    def latest_change(self) -> Change | None:
+        """The last entry; None where nothing ever happened."""
         ...
 
 

@@ -18,7 +18,7 @@ def set_up_logging(level: str) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)
-    for noisy in ("azure", "msal", "urllib3", "httpx", "httpcore", "alembic"):
+    for noisy in ("azure", "msal", "urllib3", "httpx", "httpcore", "alembic", "pydicom", "openjpeg"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 

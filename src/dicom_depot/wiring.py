@@ -14,6 +14,8 @@ from datetime import timedelta
 from pathlib import Path
 
 from dicom_depot.adapters.audit_file import AuditFile
+from dicom_depot.adapters.catalog_sql import SqlCatalog
+from dicom_depot.adapters.changes_sql import SqlChangeFeed
 from dicom_depot.adapters.database import Database
 from dicom_depot.adapters.destination_guard import DestinationGuard
 from dicom_depot.adapters.destinations import Destinations
@@ -35,12 +37,16 @@ from dicom_depot.export.runner import ExportRunner
 from dicom_depot.export.service import ExportService
 from dicom_depot.ports import (
     BlobStore,
+    ChangeFeed,
     DestinationFactory,
     InstanceIndex,
     ManagedIdentity,
     OperationLimits,
     TokenVerifier,
 )
+from dicom_depot.services.metadata import MetadataReader
+from dicom_depot.services.retrieve import RetrieveService
+from dicom_depot.services.store import StoreService
 from dicom_depot.services.upkeep import Upkeep
 from dicom_depot.workflows.engine import CHUNKS_OF_ONE_OPERATION, WINDOW, DbosEngine
 
@@ -63,6 +69,9 @@ class Service:
     verifier: TokenVerifier | None
     audit: AuditFile
     identity: ManagedIdentity
+    stores: StoreService
+    retrieval: RetrieveService
+    changes: ChangeFeed
     _engine: DbosEngine
     _lock: FolderLock
     _closed: threading.Event = field(default_factory=threading.Event)
@@ -73,6 +82,17 @@ class Service:
         self.database.close()
         self.audit.close()
         self._lock.release()
+
+    def fill_metadata(self) -> None:
+        """Read the files of instances that were stored without metadata."""
+        try:
+            count = self.retrieval.metadata.fill(self._closed)
+        except Exception:
+            if not self._closed.is_set():
+                _log.exception("the back-fill of metadata did not complete; the next start goes on with it")
+        else:
+            if count:
+                _log.info("metadata of %d instances was added", count)
 
     def keep_up(self) -> None:
         """Run the upkeep now and then, until closed."""
@@ -156,12 +176,33 @@ def _open_locked(settings: Settings, lock: FolderLock) -> Service:
         hold_sweeps=upkeep.held,
         audit=audit,
     )
-    verifier = token_verifier(settings)
+    catalog = SqlCatalog(database)
     service = Service(
-        settings, database, index, store, exports, resumes, upkeep, verifier, audit, identity, engine, lock
+        settings=settings,
+        database=database,
+        index=index,
+        store=store,
+        exports=exports,
+        resumes=resumes,
+        upkeep=upkeep,
+        verifier=token_verifier(settings),
+        audit=audit,
+        identity=identity,
+        stores=StoreService(
+            store,
+            index,
+            instance_bytes_max=settings.store_instance_bytes_max,
+            instances_max=settings.store_instances_max,
+            min_free_bytes=settings.min_free_bytes,
+        ),
+        retrieval=RetrieveService.create(catalog, store, MetadataReader(catalog, store), settings.transcode_bytes_max),
+        changes=SqlChangeFeed(database),
+        _engine=engine,
+        _lock=lock,
     )
     engine.launch()
     threading.Thread(target=service.keep_up, name="upkeep", daemon=True).start()
+    threading.Thread(target=service.fill_metadata, name="metadata", daemon=True).start()
     return service
 
 

@@ -8,7 +8,7 @@ import re
 import secrets
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from dicom_depot.adapters.folder_files import (
@@ -56,21 +56,34 @@ class FolderBlobStore:
         shard = secrets.token_hex(2)[:3]
         return [f"{shard}/{secrets.token_hex(16)}" for _ in range(count)]
 
+    def writer(self, key: str) -> _FolderWriter:
+        with self._write_faults(key):
+            return _FolderWriter(self, key, self._open_part(key))
+
     def put(self, key: str, blocks: Iterable[bytes]) -> None:
-        directory = self._prefix + self._checked(key)[:4]
         content = own_errors_apart(blocks)
         try:
-            try:
-                part = open_part(directory, key[4:], 0o600, None)
-            except FileNotFoundError:
-                self._create_shard(key[:3])
-                part = open_part(directory, key[4:], 0o600, None)
-            with renamed_when_whole(part, directory, key[4:], None):
-                write_blocks(part, content)
-        except OSError as error:
-            raise self._write_fault(error, key) from error
+            with self._write_faults(key):
+                part = self._open_part(key)
+                with renamed_when_whole(part, self._prefix + key[:4], key[4:], None):
+                    write_blocks(part, content)
         except BlocksFailed as failed:
             raise failed.error from None
+
+    def _open_part(self, key: str) -> int:
+        directory = self._prefix + self._checked(key)[:4]
+        try:
+            return open_part(directory, key[4:], 0o600, None)
+        except FileNotFoundError:
+            self._create_shard(key[:3])
+            return open_part(directory, key[4:], 0o600, None)
+
+    @contextmanager
+    def _write_faults(self, key: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise self._write_fault(error, key) from error
 
     def make_durable(self, keys: Sequence[str]) -> None:
         shards: defaultdict[str, set[str]] = defaultdict(set)
@@ -125,6 +138,26 @@ class FolderBlobStore:
                 yield block
         finally:
             os.close(file)
+
+    def read_range(self, key: str, offset: int, length: int) -> bytes:
+        path = self._prefix + key
+        flags = os.O_RDONLY | os.O_CLOEXEC
+        try:
+            try:
+                file = os.open(path, flags)
+            except FileNotFoundError:
+                self._require_marker()
+                file = os.open(path, flags)
+            try:
+                blocks: list[bytes] = []
+                while length and (block := os.pread(file, length, offset)):
+                    blocks.append(block)
+                    offset, length = offset + len(block), length - len(block)
+                return blocks[0] if len(blocks) == 1 else b"".join(blocks)
+            finally:
+                os.close(file)
+        except OSError as error:
+            raise self._read_fault(error, key) from error
 
     def delete(self, key: str) -> None:
         try:
@@ -225,6 +258,36 @@ class FolderBlobStore:
         if error.errno == errno.ENOENT:
             return self._read_fault(error, key)
         return _store_away(error)
+
+
+class _FolderWriter:
+    """`ports.BlobWriter` on a part file."""
+
+    def __init__(self, store: FolderBlobStore, key: str, part: int) -> None:
+        self._store = store
+        self._key = key
+        self._part = part
+        self._stack = ExitStack()
+        self._stack.enter_context(renamed_when_whole(part, store._prefix + key[:4], key[4:], None))  # noqa: SLF001
+
+    def write(self, block: bytes) -> None:
+        try:
+            write_blocks(self._part, (block,))
+        except OSError as error:
+            self.abandon()
+            raise self._store._write_fault(error, self._key) from error  # noqa: SLF001
+
+    def close(self) -> None:
+        with self._store._write_faults(self._key):  # noqa: SLF001
+            self._stack.close()
+
+    def abandon(self) -> None:
+        with suppress(_AbandonedError, OSError), self._stack:
+            raise _AbandonedError
+
+
+class _AbandonedError(Exception):
+    """A writer's object is not wanted."""
 
 
 _SHARD = re.compile(r"[0-9a-f]{3}")

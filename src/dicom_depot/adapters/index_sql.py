@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
@@ -12,12 +13,12 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.sqlite import insert
 
 from dicom_depot.adapters.database import Database
-from dicom_depot.adapters.schema import counters, instance_metadata, instances, series, studies
+from dicom_depot.adapters.schema import changes, counters, instance_metadata, instances, series, studies
 from dicom_depot.domain.export import PlannedInstance
 from dicom_depot.domain.identifiers import InstanceRef, Ref, SeriesRef, StudyRef
 from dicom_depot.domain.instance import InstanceRecord, StoredObject
 from dicom_depot.domain.search import Level, attributes_of
-from dicom_depot.ports import AddOutcome, Cursor, IndexEntry, KnownInstance, Remaining, SelectionPage
+from dicom_depot.ports import AddOutcome, ChangeAction, Cursor, IndexEntry, KnownInstance, Remaining, SelectionPage
 
 _BATCH = 500
 """Identifiers in one statement: far below every database's limit of bound parameters."""
@@ -42,42 +43,28 @@ class SqlIndex:
         return found
 
     def add(self, records: Sequence[InstanceRecord]) -> list[AddOutcome]:
+        outcomes: list[AddOutcome] = []
         if not records:
-            return []
-        with self._database.write() as connection:
-            known = {}
-            for batch in _batches([record.ref for record in records]):
-                known.update(_find(connection, batch))
-            fresh: list[InstanceRecord] = []
-            outcomes: list[AddOutcome] = []
-            for record in records:
-                earlier = known.get(record.ref)
-                if earlier is None:
-                    known[record.ref] = KnownInstance(record.sha256, record.size)
-                    fresh.append(record)
-                    outcomes.append(AddOutcome.STORED)
-                elif earlier.sha256 == record.sha256:
-                    outcomes.append(AddOutcome.ALREADY_THERE)
-                else:
-                    outcomes.append(AddOutcome.CONFLICTING)
-            if fresh:
-                _insert(connection, fresh)
             return outcomes
+        with self._database.write() as connection:
+            for part in _without_repeats(records):
+                outcomes += _add(connection, part)
+        return outcomes
 
     def delete(self, ref: Ref) -> int:
         with self._database.write() as connection:
-            ids = [row.id for row in connection.execute(_below(ref).where(instances.c.deleted_sequence == 0))]
-            if not ids:
+            rows = connection.execute(_below(ref).where(instances.c.deleted_sequence == 0)).all()
+            if not rows:
                 return 0
-            first = _take_numbers(connection, len(ids))
+            first = _take_numbers(connection, len(rows))
             now = _now()
-            connection.execute(
-                sa.update(instances)
-                .where(instances.c.id == sa.bindparam("row_id"))
-                .values(deleted_sequence=sa.bindparam("number"), deleted_at=now),
-                [{"row_id": id_, "number": first + n} for n, id_ in enumerate(ids)],
+            _mark_deleted(connection, [(row.id, first + n) for n, row in enumerate(rows)], now)
+            _record_changes(
+                connection,
+                [(first + n, row.series_id, row.sop_instance_uid, ChangeAction.DELETE) for n, row in enumerate(rows)],
+                now,
             )
-            return len(ids)
+            return len(rows)
 
     def sequence(self) -> int:
         with self._database.read() as connection:
@@ -226,6 +213,72 @@ def _wanted(refs: Sequence[Ref]) -> sa.CTE:
     return sa.select(*parts).select_from(row).cte("wanted")
 
 
+def _without_repeats(records: Sequence[InstanceRecord]) -> Iterator[list[InstanceRecord]]:
+    """Cut where a record would replace an earlier one of the same call: that one must be there first."""
+    part: list[InstanceRecord] = []
+    refs: set[InstanceRef] = set()
+    for record in records:
+        if record.may_replace and record.ref in refs:
+            yield part
+            part, refs = [], set()
+        part.append(record)
+        refs.add(record.ref)
+    yield part
+
+
+def _add(connection: sa.Connection, records: Sequence[InstanceRecord]) -> list[AddOutcome]:
+    known: dict[InstanceRef, KnownInstance] = {}
+    for batch in _batches([record.ref for record in records]):
+        known.update(_find(connection, batch))
+    fresh: list[InstanceRecord] = []
+    replaced: set[InstanceRef] = set()
+    outcomes: list[AddOutcome] = []
+    for record in records:
+        earlier = known.get(record.ref)
+        if earlier is not None and earlier.sha256 == record.sha256:
+            outcomes.append(AddOutcome.ALREADY_THERE)
+        elif earlier is not None and not record.may_replace:
+            outcomes.append(AddOutcome.CONFLICTING)
+        else:
+            known[record.ref] = KnownInstance(record.sha256, record.size)
+            fresh.append(record)
+            if earlier is not None:
+                replaced.add(record.ref)
+            outcomes.append(AddOutcome.STORED if earlier is None else AddOutcome.REPLACED)
+    if fresh:
+        _insert(connection, fresh, replaced)
+    return outcomes
+
+
+def _mark_deleted(connection: sa.Connection, numbers: Sequence[tuple[int, int]], now: datetime) -> None:
+    """(internal id, number) of each row whose instance is there no more."""
+    connection.execute(
+        sa.update(instances)
+        .where(instances.c.id == sa.bindparam("row_id"))
+        .values(deleted_sequence=sa.bindparam("number"), deleted_at=now),
+        [{"row_id": id_, "number": number} for id_, number in numbers],
+    )
+
+
+def _record_changes(
+    connection: sa.Connection, entries: Sequence[tuple[int, int, str, ChangeAction]], now: datetime
+) -> None:
+    """(number, series, SOP instance UID, action) of each change."""
+    connection.execute(
+        sa.insert(changes),
+        [
+            {
+                "sequence": number,
+                "series_id": series_id,
+                "sop_instance_uid": sop,
+                "action": action.value,
+                "occurred_at": now,
+            }
+            for number, series_id, sop, action in entries
+        ],
+    )
+
+
 def _find(connection: sa.Connection, refs: Sequence[InstanceRef]) -> dict[InstanceRef, KnownInstance]:
     wanted = _wanted(refs)
     statement = sa.select(wanted, instances.c.sha256, instances.c.size).select_from(
@@ -273,7 +326,7 @@ def _note_forgotten(connection: sa.Connection, instance_ids: Sequence[int]) -> N
     )
 
 
-def _insert(connection: sa.Connection, records: Sequence[InstanceRecord]) -> None:
+def _insert(connection: sa.Connection, records: Sequence[InstanceRecord], replaced: AbstractSet[InstanceRef]) -> None:
     study_columns = [attribute.column for attribute in attributes_of(Level.STUDY)]
     series_columns = [attribute.column for attribute in attributes_of(Level.SERIES)]
     instance_columns = [attribute.column for attribute in attributes_of(Level.INSTANCE)]
@@ -301,13 +354,29 @@ def _insert(connection: sa.Connection, records: Sequence[InstanceRecord]) -> Non
         series_columns,
     )
     now = _now()
-    first = _take_numbers(connection, len(records))
-    connection.execute(
-        sa.insert(instances),
+    series_of = [series_ids[study_ids[record.ref.study_uid,], record.ref.series_uid] for record in records]
+    former = _live_ids(
+        connection,
         [
+            (series_id, record.ref.sop_instance_uid)
+            for series_id, record in zip(series_of, records, strict=True)
+            if record.ref in replaced
+        ],
+    )
+    first = _take_numbers(connection, len(records))
+    changed: list[tuple[int, int, str, ChangeAction]] = []
+    outdated: list[tuple[int, int]] = []
+    rows: list[dict[str, Any]] = []
+    for number, (series_id, record) in enumerate(zip(series_of, records, strict=True), first):
+        sop = record.ref.sop_instance_uid
+        earlier = former.get((series_id, sop))
+        changed.append((number, series_id, sop, ChangeAction.CREATE if earlier is None else ChangeAction.UPDATE))
+        if earlier is not None:
+            outdated.append((earlier, number))
+        rows.append(
             {
-                "series_id": series_ids[study_ids[record.ref.study_uid,], record.ref.series_uid],
-                "sop_instance_uid": record.ref.sop_instance_uid,
+                "series_id": series_id,
+                "sop_instance_uid": sop,
                 "sop_class_uid": record.header.sop_class_uid,
                 "transfer_syntax_uid": record.header.transfer_syntax_uid,
                 "store_key": record.store_key,
@@ -315,12 +384,41 @@ def _insert(connection: sa.Connection, records: Sequence[InstanceRecord]) -> Non
                 "sha256": record.sha256,
                 "xxh3": record.xxh3 - (1 << 64) if record.xxh3 >> 63 else record.xxh3,
                 "stored_at": now,
-                "created_sequence": first + n,
+                "created_sequence": number,
             }
             | {name: record.header.attributes.get(name) for name in instance_columns}
-            for n, record in enumerate(records)
-        ],
-    )
+        )
+    if outdated:
+        _mark_deleted(connection, outdated, now)
+    connection.execute(sa.insert(instances), rows)
+    _record_changes(connection, changed, now)
+    _insert_metadata(connection, records)
+
+
+def _live_ids(connection: sa.Connection, keys: Sequence[tuple[int, str]]) -> dict[tuple[int, str], int]:
+    """Internal ids of live rows by series and SOP instance UID: few, those that are being replaced."""
+    found: dict[tuple[int, str], int] = {}
+    for series_id, sop in keys:
+        statement = sa.select(instances.c.id).where(
+            instances.c.series_id == series_id,
+            instances.c.sop_instance_uid == sop,
+            instances.c.deleted_sequence == 0,
+        )
+        found[series_id, sop] = connection.execute(statement).scalar_one()
+    return found
+
+
+def _insert_metadata(connection: sa.Connection, records: Sequence[InstanceRecord]) -> None:
+    """The rows went in by order, nobody else's between them while the counter is locked: theirs are the last ids."""
+    if all(record.metadata is None for record in records):
+        return
+    last_id = connection.execute(sa.select(sa.func.max(instances.c.id))).scalar_one()
+    found = [
+        {"instance_id": id_, "dicom_json": record.metadata.dicom_json, "layout": record.metadata.layout}
+        for id_, record in enumerate(records, last_id - len(records) + 1)
+        if record.metadata is not None
+    ]
+    connection.execute(sa.insert(instance_metadata), found)
 
 
 def _upsert(
@@ -345,8 +443,9 @@ def _upsert(
     return ids
 
 
-def _below(ref: Ref) -> sa.Select[tuple[int]]:
-    statement = sa.select(instances.c.id).select_from(instances.join(series).join(studies))
+def _below(ref: Ref) -> sa.Select[tuple[int, int, str]]:
+    columns = (instances.c.id, instances.c.series_id, instances.c.sop_instance_uid)
+    statement = sa.select(*columns).select_from(instances.join(series).join(studies))
     match ref:
         case StudyRef(study):
             return statement.where(studies.c.study_uid == study)

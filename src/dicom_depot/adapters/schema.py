@@ -1,6 +1,7 @@
 """The tables as SQLAlchemy sees them. Their history is in `migrations`; a test compares the two.
 
 studies 1─* series 1─* instances 1─? instance_metadata        operations 1─* operation_chunks 1─* operation_failures
+                 1─* changes
 
 An instance row is live while `deleted_sequence` is 0; a deleted one keeps the number of its deletion until it is swept.
 The unique index over (series, SOP instance, deleted_sequence) therefore allows one live row and any tombstones.
@@ -79,8 +80,20 @@ instance_metadata = sa.Table(
     metadata,
     sa.Column("instance_id", _big_id, sa.ForeignKey("instances.id"), primary_key=True),
     sa.Column("dicom_json", sa.LargeBinary(), nullable=False),
+    sa.Column("layout", sa.LargeBinary(), nullable=False),
 )
-"""DICOM JSON (PS3.18 annex F) of an instance, compressed; beside the instances so that scans of those stay short."""
+"""`domain.instance.Metadata` of an instance; beside the instances so that scans of those stay short."""
+
+changes = sa.Table(
+    "changes",
+    metadata,
+    sa.Column("sequence", sa.BigInteger(), primary_key=True, autoincrement=False),
+    sa.Column("series_id", _big_id, sa.ForeignKey("series.id"), nullable=False),
+    sa.Column("sop_instance_uid", sa.String(64), nullable=False),
+    sa.Column("action", sa.String(8), nullable=False),
+    sa.Column("occurred_at", _time, nullable=False, index=True),
+)
+"""The change feed: one row for each number of the sequence, kept for good."""
 
 counters = sa.Table(
     "counters",

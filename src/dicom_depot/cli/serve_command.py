@@ -98,6 +98,9 @@ def asgi_app() -> FastAPI:
                 service.verifier,
                 service.audit,
                 service.identity,
+                service.stores,
+                service.retrieval,
+                service.changes,
             )
         finally:
             await run_in_threadpool(service.close)

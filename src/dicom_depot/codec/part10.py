@@ -13,7 +13,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -32,7 +32,8 @@ INFLATED_BYTES_MAX = 16 << 20
 ELEMENTS_MAX = 250_000
 """How many element headers are looked at; what lies behind them counts as absent. Bounds the time of hostile files."""
 
-_VALUE_BYTES_MAX = 8 << 10  # More than 1,024 characters of any character set, with their escapes.
+VALUE_BYTES_MAX = 8 << 10
+"""How much of a value is looked at: more than 1,024 characters of any character set, with their escapes."""
 
 _STUDY, _SERIES, _INSTANCE, _CLASS = 0x0020000D, 0x0020000E, 0x00080018, 0x00080016
 _IDENTIFYING = {
@@ -59,7 +60,9 @@ _LONG_VRS = frozenset({b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b
 
 
 @dataclass(frozen=True, slots=True)
-class _Encoding:
+class Encoding:
+    """How data elements are written: with or without VRs, in which byte order (PS3.5 section 10)."""
+
     is_implicit: bool
     is_little: bool
 
@@ -71,7 +74,7 @@ class _Encoding:
 
 
 @dataclass(frozen=True, slots=True)
-class _Raw:
+class RawValue:
     """One element's value as it stands in the file. `is_cut`: only its beginning was read."""
 
     value: bytes
@@ -79,7 +82,7 @@ class _Raw:
     is_cut: bool = False
 
 
-_Elements = dict[int, _Raw]
+_Elements = Mapping[int, RawValue]
 
 
 def read_header(stream: BinaryIO, size: int) -> InstanceHeader:
@@ -125,11 +128,11 @@ def _read_header(stream: BinaryIO, size: int) -> InstanceHeader:
         raise
 
 
-def _bare_encoding(head: bytes, size: int) -> _Encoding | None:
+def _bare_encoding(head: bytes, size: int) -> Encoding | None:
     """The encoding of a data element of group 0002 or 0008 at the beginning, or None when there is none."""
     if len(head) < 8:
         return None
-    encoding = _encoding_at(head)
+    encoding = encoding_at(head)
     group, length = struct.unpack("<H2xL" if encoding.is_little else ">H2xL", head[:8])
     if group not in (0x0002, 0x0008):
         return None
@@ -138,21 +141,23 @@ def _bare_encoding(head: bytes, size: int) -> _Encoding | None:
     return encoding
 
 
-def _encoding_at(head: bytes) -> _Encoding:
+def encoding_at(head: bytes) -> Encoding:
     """The encoding of the element that starts with `head`: explicit when a VR follows the tag; of the two byte
     orders the one that makes the group number smaller. Implicit VR is always little endian.
+
+    What is found outweighs what the file says of itself: writers that name one encoding and use another are common.
     """
     if len(head) < 6 or not _is_vr(head[4:6]):
-        return _Encoding(is_implicit=True, is_little=True)
+        return Encoding(is_implicit=True, is_little=True)
     little, big = struct.unpack("<H", head[:2]), struct.unpack(">H", head[:2])
-    return _Encoding(is_implicit=False, is_little=little <= big)
+    return Encoding(is_implicit=False, is_little=little <= big)
 
 
 def _is_vr(text: bytes) -> bool:
     return 0x41 <= text[0] <= 0x5A and 0x41 <= text[1] <= 0x5A
 
 
-def _has_any(stream: BinaryIO, encoding: _Encoding) -> bool:
+def _has_any(stream: BinaryIO, encoding: Encoding) -> bool:
     stream.seek(0)
     return bool(_collect(stream, encoding, _WANTED, lambda tag: tag > _LAST_WANTED))
 
@@ -177,23 +182,28 @@ def _read_from(stream: BinaryIO, start: int) -> InstanceHeader:
         is_directory = _uid_or_none(meta, _MEDIA_CLASS) == _MEDIA_DIRECTORY
         hint = "; a DICOMDIR lists instances and is not one" if is_directory else ""
         raise BrokenInstance(f"missing attribute: {', '.join(missing)}{hint}")
+    return header_of(elements, encoding, named_syntax or encoding.transfer_syntax_uid)
+
+
+def header_of(elements: Mapping[int, RawValue], encoding: Encoding, transfer_syntax_uid: str) -> InstanceHeader:
+    """The header that these elements make: the four identifying ones are there, others may be. Raises BrokenInstance
+    for UIDs that are none.
+    """
     study, series, instance, sop_class = _identifying_uids(elements)
     return InstanceHeader(
         ref=InstanceRef(study, series, instance),
         sop_class_uid=sop_class,
-        transfer_syntax_uid=named_syntax or encoding.transfer_syntax_uid,
+        transfer_syntax_uid=transfer_syntax_uid,
         attributes=_attributes(elements, encoding),
     )
 
 
-def _peek_encoding(stream: BinaryIO) -> _Encoding:
-    """The encoding found at the stream's place, which is kept. What is found outweighs what the file says of itself:
-    writers that name one encoding and use another are common.
-    """
+def _peek_encoding(stream: BinaryIO) -> Encoding:
+    """The encoding found at the stream's place, which is kept."""
     place = stream.tell()
     head = stream.read(6)
     stream.seek(place)
-    return _encoding_at(head)
+    return encoding_at(head)
 
 
 def _uid_or_none(elements: _Elements, tag: int) -> str | None:
@@ -239,7 +249,7 @@ def _identifying_uids(elements: _Elements) -> list[Uid]:
     return uids
 
 
-def _attributes(elements: _Elements, encoding: _Encoding) -> AttributeValues:
+def _attributes(elements: _Elements, encoding: Encoding) -> AttributeValues:
     character_set = elements.get(_CHARACTER_SET)
     encodings = encodings_of(character_set.value) if character_set else ()
     values: AttributeValues = {}
@@ -255,14 +265,14 @@ def _attributes(elements: _Elements, encoding: _Encoding) -> AttributeValues:
     return values
 
 
-def _collect(stream: BinaryIO, encoding: _Encoding, wanted: list[int], is_past: Callable[[int], bool]) -> _Elements:
+def _collect(stream: BinaryIO, encoding: Encoding, wanted: list[int], is_past: Callable[[int], bool]) -> _Elements:
     """Read the `wanted` elements (and the character set) from the stream's place to the first tag that `is_past`,
     or to the end; of elements that stand twice the first counts. The stream is left at that tag's header.
 
     pydicom's reader is stopped at whatever it would read whole (undefined lengths, long values) or would warn of (the
     character set), and started again behind it.
     """
-    elements: _Elements = {}
+    elements: dict[int, RawValue] = {}
     remaining = ELEMENTS_MAX
     stopped_at: tuple[int, int, int, str | None] | None = None
     wanted_tags = frozenset(wanted)
@@ -277,7 +287,7 @@ def _collect(stream: BinaryIO, encoding: _Encoding, wanted: list[int], is_past: 
             or is_past(tag)
             or tag == _CHARACTER_SET
             or remaining <= 0
-            or (length > _VALUE_BYTES_MAX and tag in wanted_tags)
+            or (length > VALUE_BYTES_MAX and tag in wanted_tags)
         ):
             stopped_at = (tag, length, tell(), vr)
             return True
@@ -292,7 +302,7 @@ def _collect(stream: BinaryIO, encoding: _Encoding, wanted: list[int], is_past: 
                 value = element.value or b""
                 if isinstance(element, RawDataElement) and len(value) == element.length:
                     # A shorter value is cut off by the end of the file.
-                    elements.setdefault(int(element.tag), _Raw(value, element.VR))
+                    elements.setdefault(int(element.tag), RawValue(value, element.VR))
         except (struct.error, UnicodeDecodeError, ValueError, OverflowError):
             return elements  # The rest is not readable; what came before it counts.
         if stopped_at is None:
@@ -308,9 +318,9 @@ def _collect(stream: BinaryIO, encoding: _Encoding, wanted: list[int], is_past: 
             remaining = _skip_nested(stream, encoding, remaining)
             continue
         if tag == _CHARACTER_SET or tag in wanted_tags:
-            value = stream.read(min(length, _VALUE_BYTES_MAX))
-            if len(value) == min(length, _VALUE_BYTES_MAX):
-                elements.setdefault(tag, _Raw(value, vr, is_cut=length > _VALUE_BYTES_MAX))
+            value = stream.read(min(length, VALUE_BYTES_MAX))
+            if len(value) == min(length, VALUE_BYTES_MAX):
+                elements.setdefault(tag, RawValue(value, vr, is_cut=length > VALUE_BYTES_MAX))
         stream.seek(value_start + length)
     return elements
 
@@ -323,7 +333,7 @@ def _at_end(stream: BinaryIO) -> bool:
     return left < 8
 
 
-def _skip_nested(stream: BinaryIO, encoding: _Encoding, remaining: int) -> int:
+def _skip_nested(stream: BinaryIO, encoding: Encoding, remaining: int) -> int:
     """Step over a value of undefined length (PS3.5 sections 7.5 and A.4), whatever its depth, without recursion.
 
     Only the depth is counted: each item and each element of undefined length opens a level, each delimiter closes

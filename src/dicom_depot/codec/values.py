@@ -49,6 +49,14 @@ def decode_text(value: bytes, encodings: tuple[str, ...], *, is_cut: bool = Fals
     return text or None
 
 
+def decode_value(value: bytes, encodings: tuple[str, ...]) -> str:
+    """All text of a value, padding, backslashes and NULs included; bytes that do not fit as in `decode_text`."""
+    if value.isascii() and b"\x1b" not in value:
+        return value.decode("ascii")
+    text = _decode(value, encodings, is_cut=False)
+    return text.encode("utf-8", "replace").decode("utf-8")  # Some codecs make surrogates, which are no text.
+
+
 def decode_integer(value: bytes, vr: str, is_little_endian: bool) -> int | None:
     """The first value of an integer attribute, by the VR that the file uses; None when it is not one of 64 bits."""
     code = _BINARY_INTEGERS.get(vr)

@@ -12,7 +12,9 @@
     ├── RequestTimeout            a body that stopped arriving
     ├── IdentityUnavailable       the host gives no managed identity, or no token for it
     │   └── IdentityDisabled      the managed identity is switched off
-    ├── NotFound                  unknown operation, study, series or instance
+    ├── NotFound                  unknown operation, study, series, instance or frame
+    ├── NotAcceptable             nothing that the resource can be sent as is accepted
+    │   └── NotTranscodable       an instance cannot be brought into a transfer syntax without loss
     ├── Conflict                  the resource is not in a state that allows the request
     │   ├── DestinationDiffers    a resumed operation goes on where it began
     │   ├── SecretErased          what signed the operation in is gone; the caller must give it again
@@ -119,6 +121,18 @@ class NotFound(DepotError):
     code = "NotFound"
 
 
+class NotAcceptable(DepotError):
+    """Nothing that the resource can be sent as is in the request's Accept header. The message lists what is offered."""
+
+    code = "NotAcceptable"
+
+
+class NotTranscodable(NotAcceptable):
+    """An instance cannot be given in a transfer syntax without loss. The message says why, and holds no values."""
+
+    code = "NotTranscodable"
+
+
 class Conflict(DepotError):
     """The resource is not in a state that allows the request."""
 
@@ -156,9 +170,17 @@ class NotDicom(DepotError):
 
 
 class BrokenInstance(DepotError):
-    """DICOM, but without what storing it needs (its four identifying attributes, valid UIDs)."""
+    """DICOM, but without what storing it needs (its four identifying attributes, valid UIDs).
+
+    `sop_class_uid` and `sop_instance_uid` where they could be read.
+    """
 
     code = "BrokenInstance"
+
+    def __init__(self, message: str, sop_class_uid: str | None = None, sop_instance_uid: str | None = None) -> None:
+        super().__init__(message)
+        self.sop_class_uid = sop_class_uid
+        self.sop_instance_uid = sop_instance_uid
 
 
 class StorageFull(DepotError):

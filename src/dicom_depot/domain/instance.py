@@ -22,11 +22,24 @@ class InstanceHeader:
 
 
 @dataclass(frozen=True, slots=True)
+class Metadata:
+    """What answers for an instance without opening its file, packed as the index holds it.
+
+    `dicom_json` is the DICOM JSON of its data set (PS3.18 annex F), bulk data left out; `layout` says where in the file
+    the bulk data lies. `codec.dicom_json` and `codec.layout` pack and unpack them.
+    """
+
+    dicom_json: bytes
+    layout: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class InstanceRecord:
     """One instance as the index holds it.
 
     `store_key` is random and never reused; `size` is in bytes; `sha256` is 32 bytes; `xxh3` is the unsigned 64-bit
-    XXH3 of the same bytes, cheap enough to be checked on every read.
+    XXH3 of the same bytes, cheap enough to be checked on every read. `may_replace`: a live instance with the same
+    identifiers gives way.
     """
 
     header: InstanceHeader
@@ -34,6 +47,8 @@ class InstanceRecord:
     size: int
     sha256: bytes
     xxh3: int
+    metadata: Metadata | None = None
+    may_replace: bool = False
 
     @property
     def ref(self) -> InstanceRef:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -13,10 +12,11 @@ from typing import BinaryIO, NamedTuple, Protocol
 
 import xxhash
 
-from dicom_depot.codec.part10 import read_header
+from dicom_depot.codec.dicom_json import read_instance
 from dicom_depot.domain.errors import BrokenInstance, DepotError, NotDicom, StorageFull
-from dicom_depot.domain.instance import InstanceHeader, InstanceRecord
+from dicom_depot.domain.instance import InstanceHeader, InstanceRecord, Metadata
 from dicom_depot.ports import AddOutcome, BlobStore, InstanceIndex
+from dicom_depot.services.hashes import Hashes
 from dicom_depot.services.import_sources import Candidate, Opener, UnreadableError, read_blocks, reason_of
 
 BATCH_FILES_MAX = 64
@@ -82,6 +82,7 @@ class _Prepared:
     position: int
     candidate: Candidate
     header: InstanceHeader
+    metadata: Metadata
     size: int
     sha256: bytes
     xxh3: int
@@ -200,23 +201,24 @@ class BatchWorker:
             content = next(read_blocks(stream, size + 1), b"")
             if len(content) != size:
                 raise UnreadableError("the file changed while it was read")
-            header = read_header(io.BytesIO(content), size)
+            read = read_instance(content, size)
             return _Prepared(
                 position,
                 candidate,
-                header,
+                read.header,
+                read.metadata,
                 size,
                 hashlib.sha256(content).digest(),
                 xxhash.xxh3_64_intdigest(content),
                 content,
             )
-        header = read_header(stream, size)
-        hashes = _Hashes()
+        read = read_instance(stream, size)
+        hashes = Hashes()
         for block in self._blocks(stream):
             hashes.update(block)
         if hashes.size != size:
             raise UnreadableError("the file changed while it was read")
-        return _Prepared(position, candidate, header, size, hashes.sha256(), hashes.xxh3(), None)
+        return _Prepared(position, candidate, read.header, read.metadata, size, hashes.sha256(), hashes.xxh3(), None)
 
     def _write(self, instance: _Prepared, pending: _Pending) -> bool:
         """Write the object and note its record. False, with a problem noted, when the file cannot be read again."""
@@ -230,7 +232,7 @@ class BatchWorker:
             store.put(key, [instance.content])
             instance.content = None
         else:
-            hashes = _Hashes()
+            hashes = Hashes()
             try:
                 with self._opener.open(instance.candidate) as stream:
                     _put_from(store, key, hashes.through(self._blocks(stream)))
@@ -242,7 +244,9 @@ class BatchWorker:
                 reason = "the file changed while it was read"
                 pending.note(instance.position, instance.candidate, ProblemKind.BROKEN, reason)
                 return False
-        pending.records.append(InstanceRecord(instance.header, key, instance.size, instance.sha256, instance.xxh3))
+        pending.records.append(
+            InstanceRecord(instance.header, key, instance.size, instance.sha256, instance.xxh3, instance.metadata)
+        )
         pending.sources.append(instance)
         return True
 
@@ -297,30 +301,6 @@ class BatchWorker:
     def _check_stop(self) -> None:
         if self._stop is not None and self._stop.is_set():
             raise _AbandonedError
-
-
-class _Hashes:
-    """Both hashes and the length of bytes that pass by."""
-
-    def __init__(self) -> None:
-        self._sha256, self._xxh3 = hashlib.sha256(), xxhash.xxh3_64()
-        self.size = 0
-
-    def update(self, block: bytes) -> None:
-        self._sha256.update(block)
-        self._xxh3.update(block)
-        self.size += len(block)
-
-    def through(self, blocks: Iterable[bytes]) -> Iterator[bytes]:
-        for block in blocks:
-            self.update(block)
-            yield block
-
-    def sha256(self) -> bytes:
-        return self._sha256.digest()
-
-    def xxh3(self) -> int:
-        return self._xxh3.intdigest()
 
 
 def _put_from(store: BlobStore, key: str, blocks: Iterator[bytes]) -> None:

@@ -28,6 +28,9 @@ class MemoryBlobStore:
         folder = uuid.uuid4().hex
         return [f"{folder}/{number}" for number in range(count)]
 
+    def writer(self, key: str) -> _MemoryWriter:
+        return _MemoryWriter(self, key)
+
     def put(self, key: str, blocks: Iterable[bytes]) -> None:
         content = b"".join(blocks)
         self.objects[key] = content
@@ -46,6 +49,9 @@ class MemoryBlobStore:
         content = self.read(key)
         return (content[start : start + block_bytes] for start in range(0, len(content), block_bytes))
 
+    def read_range(self, key: str, offset: int, length: int) -> bytes:
+        return self.read(key)[offset : offset + length]
+
     def delete(self, key: str) -> None:
         self.objects.pop(key, None)
         self.durable.discard(key)
@@ -57,6 +63,22 @@ class MemoryBlobStore:
 
     def free_bytes(self) -> int | None:
         return None
+
+
+class _MemoryWriter:
+    def __init__(self, store: MemoryBlobStore, key: str) -> None:
+        self._store = store
+        self._key = key
+        self._blocks: list[bytes] = []
+
+    def write(self, block: bytes) -> None:
+        self._blocks.append(bytes(block))
+
+    def close(self) -> None:
+        self._store.put(self._key, self._blocks)
+
+    def abandon(self) -> None:
+        self._blocks.clear()
 
 
 @dataclass(slots=True)
@@ -97,14 +119,17 @@ class MemoryIndex:
 
     def _add(self, record: InstanceRecord) -> AddOutcome:
         present = self._live.get(record.ref)
-        if present is not None:
-            is_same = present.record.sha256 == record.sha256
-            return AddOutcome.ALREADY_THERE if is_same else AddOutcome.CONFLICTING
+        if present is not None and present.record.sha256 == record.sha256:
+            return AddOutcome.ALREADY_THERE
+        if present is not None and not record.may_replace:
+            return AddOutcome.CONFLICTING
         self._last_id += 1
         self._sequence += 1
+        if present is not None:
+            present.deleted, present.deleted_at = self._sequence, datetime.now(UTC)
         row = _Row(self._last_id, record, self._sequence)
         self._rows[row.instance_id] = self._live[record.ref] = row
-        return AddOutcome.STORED
+        return AddOutcome.STORED if present is None else AddOutcome.REPLACED
 
     def delete(self, ref: Ref) -> int:
         with self._lock:

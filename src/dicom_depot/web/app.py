@@ -19,10 +19,31 @@ from dicom_depot.web.errors import COMMON_HEADERS, error_response, install_error
 from dicom_depot.web.guards import GuardMiddleware
 from dicom_depot.web.models import ErrorBody
 from dicom_depot.web.proxies import ProxyMiddleware
-from dicom_depot.web.routes import destinations, export, health, identity, operations
+from dicom_depot.web.routes import (
+    changefeed,
+    delete,
+    destinations,
+    export,
+    health,
+    identity,
+    operations,
+    retrieve,
+    store,
+)
 from dicom_depot.web.trail import TrailMiddleware
 
 _HSTS = (b"strict-transport-security", b"max-age=31536000")
+
+_ROUTERS = (
+    store.router,
+    retrieve.router,
+    delete.router,
+    changefeed.router,
+    export.router,
+    operations.router,
+    destinations.router,
+    identity.router,
+)
 
 Opener = Callable[[], AbstractAsyncContextManager[WebContext]]
 
@@ -53,15 +74,12 @@ def create_app(open_context: Opener, settings: Settings | None = None) -> FastAP
         generate_unique_id_function=_operation_name,
     )
     for prefix in ("/v1", "/v2", ""):
-        in_document = prefix == "/v2"
-        app.include_router(export.router, prefix=prefix, include_in_schema=in_document, responses=_REFUSALS)
-        app.include_router(operations.router, prefix=prefix, include_in_schema=in_document, responses=_REFUSALS)
-        app.include_router(destinations.router, prefix=prefix, include_in_schema=in_document, responses=_REFUSALS)
-        app.include_router(identity.router, prefix=prefix, include_in_schema=in_document, responses=_REFUSALS)
+        for router in _ROUTERS + ((store.replacing_router,) if prefix == "/v2" else ()):
+            app.include_router(router, prefix=prefix, include_in_schema=prefix == "/v2", responses=_REFUSALS)
         app.add_api_route(
-            prefix + "/partitions/{partition}/export",
+            prefix + "/partitions{rest:path}",
             _refuse_partition,
-            methods=["POST"],
+            methods=_METHODS,
             include_in_schema=False,
             dependencies=[OPEN],
         )
@@ -104,7 +122,7 @@ def _operation_name(route: Any) -> str:
     return str(route.name)
 
 
-async def _refuse_partition(partition: str) -> JSONResponse:
+async def _refuse_partition(rest: str) -> JSONResponse:
     message = "This service has no partitions; leave /partitions/<name> out of the path."
     return error_response(400, "PartitionsDisabled", message, "partitionName")
 

@@ -13,7 +13,9 @@ from dicom_depot.config import Settings
 from dicom_depot.domain.operation import WireVersion
 from dicom_depot.export.resume import ResumeService
 from dicom_depot.export.service import ExportService
-from dicom_depot.ports import AuditTrail, BlobStore, InstanceIndex, ManagedIdentity, TokenVerifier
+from dicom_depot.ports import AuditTrail, BlobStore, ChangeFeed, InstanceIndex, ManagedIdentity, TokenVerifier
+from dicom_depot.services.retrieve import RetrieveService
+from dicom_depot.services.store import StoreService
 
 _HOST = re.compile(r"(?P<name>[A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(?::(?P<port>\d{1,5}))?")
 _DEFAULT_PORTS = {"http": 80, "https": 443}
@@ -47,6 +49,9 @@ class WebContext:
     """None where no sign-in is configured."""
     audit: AuditTrail
     identity: ManagedIdentity
+    stores: StoreService
+    retrieval: RetrieveService
+    changes: ChangeFeed
     turns: KeyTurns = field(default_factory=KeyTurns)
 
 

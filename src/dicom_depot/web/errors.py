@@ -21,6 +21,7 @@ STATUSES: tuple[tuple[type[errors.DepotError], int], ...] = (
     (errors.Unauthenticated, 401),
     (errors.Forbidden, 403),
     (errors.NotFound, 404),
+    (errors.NotAcceptable, 406),
     (errors.RequestTimeout, 408),
     (errors.Conflict, 409),
     (errors.PayloadTooLarge, 413),
@@ -63,6 +64,8 @@ def _encodable(text: str) -> str:
 
 
 def status_of(error: errors.DepotError) -> int:
+    if isinstance(error, errors.SourceFault) and error.kind is errors.FaultKind.TRANSIENT:
+        return 503  # the store is away; a single object that is missing or damaged is an error of ours
     return next((status for kind, status in STATUSES if isinstance(error, kind)), 500)
 
 

@@ -12,6 +12,7 @@ from dicom_depot.domain.identity import IdentityDescription
 from dicom_depot.domain.operation import Operation, OperationId, OperationStatus, WireVersion, wire_status
 from dicom_depot.export.destination_check import DestinationCheck, Step, StepOutcome
 from dicom_depot.export.planner import DryRun
+from dicom_depot.ports import ChangeAction, ChangeState
 
 
 class _Wire(BaseModel):
@@ -95,6 +96,20 @@ class Health(_Wire):
 
     overall_status: str
     details: list[HealthDetail]
+
+
+class ChangeEntry(_Wire):
+    """One entry of the change feed."""
+
+    sequence: int
+    partition_name: str
+    study_instance_uid: str
+    series_instance_uid: str
+    sop_instance_uid: str
+    action: ChangeAction
+    timestamp: str
+    state: ChangeState = Field(description="What has become of this version of the instance since.")
+    metadata: dict[str, Any] | None = Field(default=None, description="DICOM JSON of a current instance.")
 
 
 class IdentityState(_Wire):
