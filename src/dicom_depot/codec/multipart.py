@@ -34,7 +34,8 @@ HEADERS_MAX = 32
 PREAMBLE_BYTES_MAX = 64 << 10
 """What may stand before the first boundary. Finds a wrong boundary before the whole body has come."""
 
-BOUNDARY_CHARACTERS_MAX = 70
+BOUNDARY_CHARACTERS_MAX = 200
+"""RFC 2046 section 5.1.1 allows 70; Orthanc sends 73."""
 
 _PADDING_BYTES_MAX = 256  # White space after a boundary; a line with more of it is data.
 
@@ -270,8 +271,8 @@ class MultipartReader:
 def boundary_of(parameters: Mapping[str, str]) -> str:
     """The boundary among the parameters of a multipart media type (names in lower case, values unquoted).
 
-    Raises MalformedMultipart when there is none, or one that RFC 2046 section 5.1.1 does not allow: of 1 to 70
-    characters, not ending in a space. Of the characters, all of printable ASCII are taken.
+    Raises MalformedMultipart when there is none, or one that is not 1 to BOUNDARY_CHARACTERS_MAX characters
+    long or ends in a space. Of the characters, all of printable ASCII are taken.
     """
     boundary = parameters.get("boundary")
     if boundary is None:
