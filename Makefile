@@ -24,10 +24,18 @@ $(VENV)/dev.stamp: requirements/dev.txt $(VENV)/runtime.stamp
 node: $(VENV)/dev.stamp
 	$(BIN)/python tests/support/install_node_packages.py
 
+# Debian's orthanc package would start a server of its own: policy-rc.d and the mask keep it from that.
 .PHONY: debian-clients
 debian-clients:
-	@command -v dcmdump >/dev/null && command -v rclone >/dev/null || \
-	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends dcmtk rclone; }
+	@command -v dcmdump >/dev/null && command -v rclone >/dev/null && command -v dciodvfy >/dev/null && \
+	  test -x /usr/sbin/Orthanc && test -e /usr/share/orthanc/plugins/libOrthancDicomWeb.so || { \
+	  if test -d /run/systemd/system && ! test -x /usr/sbin/Orthanc && ! test -e /etc/systemd/system/orthanc.service; then \
+	    ln -s /dev/null /etc/systemd/system/orthanc.service; fi; \
+	  ours=; if ! test -e /usr/sbin/policy-rc.d; then ours=1; \
+	    printf '#!/bin/sh\nexit 101\n' >/usr/sbin/policy-rc.d; chmod 755 /usr/sbin/policy-rc.d; fi; \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+	    dcmtk rclone orthanc orthanc-dicomweb dicom3tools; status=$$?; \
+	  if test -n "$$ours"; then rm -f /usr/sbin/policy-rc.d; fi; exit $$status; }
 
 demo: $(VENV)/runtime.stamp ## Import synthetic DICOM files, export them through the API, show the result
 	$(BIN)/dicom-depot demo
@@ -53,6 +61,10 @@ format: $(VENV)/dev.stamp ## Format the code
 
 bench: $(VENV)/dev.stamp ## Measure the export engine side by side with its peers
 	$(BIN)/python benchmarks/run.py
+
+.PHONY: bench-dicomweb
+bench-dicomweb: $(VENV)/dev.stamp debian-clients ## Measure the DICOMweb routes side by side with Orthanc (needs root)
+	$(BIN)/python -m benchmarks.dicomweb
 
 lock: $(VENV)/dev.stamp ## Renew the locked dependencies
 	$(BIN)/pip-compile --quiet --strip-extras --generate-hashes --no-emit-index-url --no-emit-find-links \

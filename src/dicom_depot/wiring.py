@@ -47,6 +47,7 @@ from dicom_depot.ports import (
 from dicom_depot.services.metadata import MetadataReader
 from dicom_depot.services.retrieve import RetrieveService
 from dicom_depot.services.store import StoreService
+from dicom_depot.services.transcoding import Transcoding
 from dicom_depot.services.upkeep import Upkeep
 from dicom_depot.workflows.engine import CHUNKS_OF_ONE_OPERATION, WINDOW, DbosEngine
 
@@ -78,6 +79,7 @@ class Service:
 
     def close(self) -> None:
         self._closed.set()
+        self.retrieval.transcoding.close()
         self._engine.close()
         self.database.close()
         self.audit.close()
@@ -195,7 +197,9 @@ def _open_locked(settings: Settings, lock: FolderLock) -> Service:
             instances_max=settings.store_instances_max,
             min_free_bytes=settings.min_free_bytes,
         ),
-        retrieval=RetrieveService.create(catalog, store, MetadataReader(catalog, store), settings.transcode_bytes_max),
+        retrieval=RetrieveService(
+            catalog, store, MetadataReader(catalog, store), Transcoding(), settings.transcode_bytes_max
+        ),
         changes=SqlChangeFeed(database),
         _engine=engine,
         _lock=lock,

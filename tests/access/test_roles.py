@@ -34,7 +34,9 @@ ROLES: dict[str, frozenset[Action]] = {**BUILT_IN_ROLES, "": frozenset(), "no-su
 def _ask(client: httpx.Client, rule: Rule) -> httpx.Response:
     """A request that is wrong in every way that is looked at after the rights: content type, body, id."""
     path = rule.path.replace("{operation_id}", uuid.uuid4().hex).replace("{version:int}", "9")
-    path = path.replace("{path:path}", "nothing").replace("{partition}", "x")
+    path = path.replace("{path:path}", "nothing").replace("{rest:path}", "/x").replace("{frames}", "1")
+    for name in ("study", "series", "instance"):
+        path = path.replace(f"{{{name}}}", "1.2.3")
     assert "{" not in path, "say what stands for this parameter"
     return client.request(rule.method, path, content=b"{", headers={"Content-Type": "text/plain"})
 
@@ -73,9 +75,9 @@ def test_only_these_routes_are_open() -> None:
         "/health/check",
         "/v1/api.json",
         "/v2/api.json",
-        "/partitions/{partition}/export",
-        "/v1/partitions/{partition}/export",
-        "/v2/partitions/{partition}/export",
+        "/partitions{rest:path}",
+        "/v1/partitions{rest:path}",
+        "/v2/partitions{rest:path}",
     }
 
 

@@ -30,6 +30,7 @@ PAGES = [
     "docs/how-to/back-up-and-restore.md",
     "docs/how-to/sign-in-and-roles.md",
     "docs/how-to/behind-a-proxy.md",
+    "docs/how-to/use-dicomweb.md",
 ]
 COMMAND_SECONDS = 120
 

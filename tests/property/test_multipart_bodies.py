@@ -31,7 +31,7 @@ BOUNDARIES = st.one_of(
     st.sampled_from(
         ["b", "-", "--", "----WebKitFormBoundary7MA4YWxk", "a b", "0f3cf5c0-70e0-41ef", "=_?:/(x)", "aaaa"]
     ),
-    st.text(BOUNDARY_CHARACTERS, min_size=1, max_size=70).filter(lambda text: not text.endswith(" ")),
+    st.text(BOUNDARY_CHARACTERS, min_size=1, max_size=80).filter(lambda text: not text.endswith(" ")),
 )
 NAMES = st.text(string.ascii_lowercase + string.digits + "-_", min_size=1, max_size=12)
 VALUES = st.text(st.characters(codec="latin-1", exclude_categories=["Cc"]), max_size=20).map(

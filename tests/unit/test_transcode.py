@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import logging
 import struct
@@ -20,7 +21,7 @@ from pydicom.pixels.utils import pixel_array
 from pydicom.sequence import Sequence
 from pydicom.uid import UID
 
-from dicom_depot.codec.transcode import OFFERED, FrameNotFound, frames, transcode
+from dicom_depot.codec.transcode import OFFERED, FrameNotFound, can_decode, frames, transcode
 from dicom_depot.domain.errors import NotFound, NotTranscodable
 from dicom_depot.testing.samples import ct_volume, make_uid, multiframe, structured_report
 
@@ -559,6 +560,50 @@ def test_sources_without_a_decoder_are_refused(syntax: str, name: str) -> None:
     content = encapsulated(CT, syntax, items(b"", b"stream"))
     assert message_of(transcode, content, EXPLICIT).startswith("no decoder"), name
     assert message_of(frames, content, [1], EXPLICIT).startswith("no decoder"), name
+
+
+HIGH_THROUGHPUT = base64.b64decode(
+    "/0//UQApQAAAAAAQAAAADAAAAAAAAAAAAAAAEAAAAAwAAAAAAAAAAAABDwEB/1AACAACAAAACf9SAAwAAgABAAEEBEAB/1wAByCIiIiI/5AACgAA"
+    "AAAAvwAB/5PAAC9sBQAR/03/M/uX/GP8Df6MfiE/ct+oz8yX4GPu5fT4eYc/pb+8P57f00/il/Bj9p361HwpPvbeY0+q98sT5DX8kf3+/XV91X5I"
+    "36NfydfiR++99tV6FX1oXhEfgAPXr9Zf16/WXQgAxkJAMzEBwAAupgABaADtbtu2bUMDJWW727Zt29BASdnutm3bNjRQUv4M7X6y+dr9ZcIrGzG+"
+    "AHgcx3Ecx/oEIHv2EIHsugD/2Q=="
+)
+"""12 x 16 cells of 16 bits in high-throughput JPEG 2000, by OpenJPH 0.26: OpenJPEG reads it and does not write it."""
+
+HIGH_THROUGHPUT_COLOUR = base64.b64decode(
+    "/0//UQAvQAAAAAAQAAAADAAAAAAAAAAAAAAAEAAAAAwAAAAAAAAAAAADBwEBBwEBBwEB/1AACAACAAAAAv9SAAwAAgABAQEEBEAB/1wAByBQUFBQ"
+    "/5AACgAAAAABGQAB/5PAF3L/c+/VbrE5241WkUzg0G7W9o5Wk00gEc9/z8/qbvO3aOe76eV1d0zV2Vj8AIzwL1lwAAqmAAAxvgDAF1pTGqkbRxcd"
+    "u5iBP/t0pjQl3XR0MvSUd9HpM1UZTIg3AMdLL3hOlwRIapY9fgDAF3LHNbw2h9lncRs97KlYnvvncFx8FrfRY3c2JeD+LL9t/vXZPQunyC+lIf4A"
+    "nDKL/OQLhAA1MAJEvwDAFVAFbAFcgKn+fU9OktUnALBKkvR4Se/ZJ7zyCQAAAAA666m666m/fvw7AMAVUAVgAAD854Cnp0J3AJkkSf76Env2Sey4"
+    "AMAVUAVoZmZm54Cnp8J3AHNmZmb++nJ798nsuAD/2Q=="
+)
+
+
+@pytest.mark.parametrize("syntax", [f"1.2.840.10008.1.2.4.{number}" for number in (201, 202, 203)])
+def test_high_throughput_jpeg_2000_is_decoded(syntax: str) -> None:
+    y, x = np.mgrid[:12, :16]
+    cells = ((x * x * 7 + y * 61) % 4096).astype("u2")
+    content = encapsulated(image(cells), syntax, encapsulate([HIGH_THROUGHPUT]))
+    assert np.array_equal(pixels(transcode(content, EXPLICIT)), cells)
+    assert frames(content, [1], EXPLICIT) == [cells.tobytes()]
+    broken = encapsulated(image(cells), syntax, encapsulate([HIGH_THROUGHPUT[:100]]))
+    assert message_of(transcode, broken, EXPLICIT) == "its pixel data or data set is broken"
+
+    colours = np.stack([x * 12, y * 10, (x + y) * 5], -1).astype("u1")
+    source = image(colours, photometric="RGB", samples=3)
+    content = encapsulated(source, syntax, encapsulate([HIGH_THROUGHPUT_COLOUR]), PhotometricInterpretation="YBR_RCT")
+    there = transcode(content, EXPLICIT)
+    assert read(there).PhotometricInterpretation == "RGB"
+    assert np.array_equal(pixels(there), colours)
+
+
+def test_what_can_be_decoded_is_known_before_anything_is_read() -> None:
+    for syntax in (*ALL, BIG, *(f"1.2.840.10008.1.2.4.{number}" for number in (50, 51, 57, 70, 81, 91, 201, 202, 203))):
+        assert can_decode(syntax)
+    video = [f"1.2.840.10008.1.2.4.{number}" for number in range(100, 109)]
+    for syntax in (*video, "1.2.840.10008.1.2.4.94", "1.2.840.10008.1.2.4.205", "1.2.840.10008.9.9.9"):
+        assert not can_decode(syntax)
+        assert "no decoder" in message_of(transcode, encapsulated(CT, syntax, items(b"", b"stream")), EXPLICIT)
 
 
 def test_what_a_syntax_does_not_allow_is_refused() -> None:

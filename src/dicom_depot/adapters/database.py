@@ -8,6 +8,7 @@ beside the service).
 from __future__ import annotations
 
 import os
+import sqlite3
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -121,8 +122,8 @@ def _translated() -> Iterator[None]:
         yield
     except sa.exc.TimeoutError as error:
         raise ServiceUnavailable("All connections to the database are in use; try again later.") from error
-    except sa.exc.DatabaseError as error:
-        reason = str(error.orig)
+    except (sa.exc.DatabaseError, sqlite3.DatabaseError) as error:
+        reason = str(error.orig if isinstance(error, sa.exc.DatabaseError) else error)
         if "full" in reason:
             raise StorageFull("The disk that holds the database is full; free space and try again.") from error
         if "locked" in reason or "busy" in reason:

@@ -5,20 +5,19 @@ from __future__ import annotations
 import json
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from collections.abc import Set as AbstractSet
 from datetime import UTC, datetime
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.dialects.sqlite import insert
 
 from dicom_depot.adapters.database import Database
-from dicom_depot.adapters.schema import changes, counters, instance_metadata, instances, series, studies
+from dicom_depot.adapters.index_writes import add, find, mark_deleted, without_repeats
+from dicom_depot.adapters.schema import counters, instance_metadata, instances, series, studies
 from dicom_depot.domain.export import PlannedInstance
 from dicom_depot.domain.identifiers import InstanceRef, Ref, SeriesRef, StudyRef
 from dicom_depot.domain.instance import InstanceRecord, StoredObject
-from dicom_depot.domain.search import Level, attributes_of
-from dicom_depot.ports import AddOutcome, ChangeAction, Cursor, IndexEntry, KnownInstance, Remaining, SelectionPage
+from dicom_depot.ports import AddOutcome, Cursor, IndexEntry, KnownInstance, Remaining, SelectionPage
 
 _BATCH = 500
 """Identifiers in one statement: far below every database's limit of bound parameters."""
@@ -39,7 +38,7 @@ class SqlIndex:
         found: dict[InstanceRef, KnownInstance] = {}
         with self._database.read() as connection:
             for batch in _batches(refs):
-                found.update(_find(connection, batch))
+                found.update(find(connection, batch))
         return found
 
     def add(self, records: Sequence[InstanceRecord]) -> list[AddOutcome]:
@@ -47,8 +46,8 @@ class SqlIndex:
         if not records:
             return outcomes
         with self._database.write() as connection:
-            for part in _without_repeats(records):
-                outcomes += _add(connection, part)
+            for part in without_repeats(records):
+                outcomes += add(connection, part)
         return outcomes
 
     def delete(self, ref: Ref) -> int:
@@ -56,14 +55,7 @@ class SqlIndex:
             rows = connection.execute(_below(ref).where(instances.c.deleted_sequence == 0)).all()
             if not rows:
                 return 0
-            first = _take_numbers(connection, len(rows))
-            now = _now()
-            _mark_deleted(connection, [(row.id, first + n) for n, row in enumerate(rows)], now)
-            _record_changes(
-                connection,
-                [(first + n, row.series_id, row.sop_instance_uid, ChangeAction.DELETE) for n, row in enumerate(rows)],
-                now,
-            )
+            mark_deleted(connection, [(row.id, row.series_id, row.sop_instance_uid) for row in rows])
             return len(rows)
 
     def sequence(self) -> int:
@@ -179,10 +171,6 @@ def _batches(items: Sequence[_T]) -> Iterator[Sequence[_T]]:
         yield items[start : start + _BATCH]
 
 
-def _now() -> datetime:
-    return datetime.now(UTC).replace(tzinfo=None)
-
-
 def _visible(cutoff: int) -> sa.ColumnElement[bool]:
     """Stored by the cut-off and not deleted by then: what was planned stays, whatever is deleted or replaced later."""
     return (instances.c.created_sequence <= cutoff) & (
@@ -213,105 +201,6 @@ def _wanted(refs: Sequence[Ref]) -> sa.CTE:
     return sa.select(*parts).select_from(row).cte("wanted")
 
 
-def _without_repeats(records: Sequence[InstanceRecord]) -> Iterator[list[InstanceRecord]]:
-    """Cut where a record would replace an earlier one of the same call: that one must be there first."""
-    part: list[InstanceRecord] = []
-    refs: set[InstanceRef] = set()
-    for record in records:
-        if record.may_replace and record.ref in refs:
-            yield part
-            part, refs = [], set()
-        part.append(record)
-        refs.add(record.ref)
-    yield part
-
-
-def _add(connection: sa.Connection, records: Sequence[InstanceRecord]) -> list[AddOutcome]:
-    known: dict[InstanceRef, KnownInstance] = {}
-    for batch in _batches([record.ref for record in records]):
-        known.update(_find(connection, batch))
-    fresh: list[InstanceRecord] = []
-    replaced: set[InstanceRef] = set()
-    outcomes: list[AddOutcome] = []
-    for record in records:
-        earlier = known.get(record.ref)
-        if earlier is not None and earlier.sha256 == record.sha256:
-            outcomes.append(AddOutcome.ALREADY_THERE)
-        elif earlier is not None and not record.may_replace:
-            outcomes.append(AddOutcome.CONFLICTING)
-        else:
-            known[record.ref] = KnownInstance(record.sha256, record.size)
-            fresh.append(record)
-            if earlier is not None:
-                replaced.add(record.ref)
-            outcomes.append(AddOutcome.STORED if earlier is None else AddOutcome.REPLACED)
-    if fresh:
-        _insert(connection, fresh, replaced)
-    return outcomes
-
-
-def _mark_deleted(connection: sa.Connection, numbers: Sequence[tuple[int, int]], now: datetime) -> None:
-    """(internal id, number) of each row whose instance is there no more."""
-    connection.execute(
-        sa.update(instances)
-        .where(instances.c.id == sa.bindparam("row_id"))
-        .values(deleted_sequence=sa.bindparam("number"), deleted_at=now),
-        [{"row_id": id_, "number": number} for id_, number in numbers],
-    )
-
-
-def _record_changes(
-    connection: sa.Connection, entries: Sequence[tuple[int, int, str, ChangeAction]], now: datetime
-) -> None:
-    """(number, series, SOP instance UID, action) of each change."""
-    connection.execute(
-        sa.insert(changes),
-        [
-            {
-                "sequence": number,
-                "series_id": series_id,
-                "sop_instance_uid": sop,
-                "action": action.value,
-                "occurred_at": now,
-            }
-            for number, series_id, sop, action in entries
-        ],
-    )
-
-
-def _find(connection: sa.Connection, refs: Sequence[InstanceRef]) -> dict[InstanceRef, KnownInstance]:
-    wanted = _wanted(refs)
-    statement = sa.select(wanted, instances.c.sha256, instances.c.size).select_from(
-        wanted.join(studies, studies.c.study_uid == wanted.c.study_uid)
-        .join(series, (series.c.study_id == studies.c.id) & (series.c.series_uid == wanted.c.series_uid))
-        .join(
-            instances,
-            (instances.c.series_id == series.c.id)
-            & (instances.c.sop_instance_uid == wanted.c.sop_instance_uid)
-            & (instances.c.deleted_sequence == 0),
-        )
-    )
-    return {
-        InstanceRef(study, series_, sop): KnownInstance(sha256, size)
-        for study, series_, sop, sha256, size in connection.execute(statement)
-    }
-
-
-def _take_numbers(connection: sa.Connection, count: int) -> int:
-    """Reserve `count` numbers of the sequence and return the first.
-
-    Taken after everything that may block, right before the rows are written: the counter row stays locked until the
-    commit, so numbers become visible in their order.
-    """
-    last = connection.execute(
-        sa.update(counters)
-        .where(counters.c.name == "sequence")
-        .values(value=counters.c.value + count)
-        .returning(counters.c.value)
-    ).scalar_one()
-    return int(last) - count + 1
-
-
 def _note_forgotten(connection: sa.Connection, instance_ids: Sequence[int]) -> None:
     """Keep the highest number of a deletion whose row goes now."""
     highest = sa.select(sa.func.max(instances.c.deleted_sequence)).where(instances.c.id.in_(instance_ids))
@@ -324,123 +213,6 @@ def _note_forgotten(connection: sa.Connection, instance_ids: Sequence[int]) -> N
             where=counters.c.value < statement.excluded.value,
         )
     )
-
-
-def _insert(connection: sa.Connection, records: Sequence[InstanceRecord], replaced: AbstractSet[InstanceRef]) -> None:
-    study_columns = [attribute.column for attribute in attributes_of(Level.STUDY)]
-    series_columns = [attribute.column for attribute in attributes_of(Level.SERIES)]
-    instance_columns = [attribute.column for attribute in attributes_of(Level.INSTANCE)]
-    by_study = {record.ref.study_uid: record for record in records}
-    study_ids = _upsert(
-        connection,
-        studies,
-        [
-            {"study_uid": uid} | {name: record.header.attributes.get(name) for name in study_columns}
-            for uid, record in by_study.items()
-        ],
-        ("study_uid",),
-        study_columns,
-    )
-    by_series = {(study_ids[record.ref.study_uid,], record.ref.series_uid): record for record in records}
-    series_ids = _upsert(
-        connection,
-        series,
-        [
-            {"study_id": study_id, "series_uid": uid}
-            | {name: record.header.attributes.get(name) for name in series_columns}
-            for (study_id, uid), record in by_series.items()
-        ],
-        ("study_id", "series_uid"),
-        series_columns,
-    )
-    now = _now()
-    series_of = [series_ids[study_ids[record.ref.study_uid,], record.ref.series_uid] for record in records]
-    former = _live_ids(
-        connection,
-        [
-            (series_id, record.ref.sop_instance_uid)
-            for series_id, record in zip(series_of, records, strict=True)
-            if record.ref in replaced
-        ],
-    )
-    first = _take_numbers(connection, len(records))
-    changed: list[tuple[int, int, str, ChangeAction]] = []
-    outdated: list[tuple[int, int]] = []
-    rows: list[dict[str, Any]] = []
-    for number, (series_id, record) in enumerate(zip(series_of, records, strict=True), first):
-        sop = record.ref.sop_instance_uid
-        earlier = former.get((series_id, sop))
-        changed.append((number, series_id, sop, ChangeAction.CREATE if earlier is None else ChangeAction.UPDATE))
-        if earlier is not None:
-            outdated.append((earlier, number))
-        rows.append(
-            {
-                "series_id": series_id,
-                "sop_instance_uid": sop,
-                "sop_class_uid": record.header.sop_class_uid,
-                "transfer_syntax_uid": record.header.transfer_syntax_uid,
-                "store_key": record.store_key,
-                "size": record.size,
-                "sha256": record.sha256,
-                "xxh3": record.xxh3 - (1 << 64) if record.xxh3 >> 63 else record.xxh3,
-                "stored_at": now,
-                "created_sequence": number,
-            }
-            | {name: record.header.attributes.get(name) for name in instance_columns}
-        )
-    if outdated:
-        _mark_deleted(connection, outdated, now)
-    connection.execute(sa.insert(instances), rows)
-    _record_changes(connection, changed, now)
-    _insert_metadata(connection, records)
-
-
-def _live_ids(connection: sa.Connection, keys: Sequence[tuple[int, str]]) -> dict[tuple[int, str], int]:
-    """Internal ids of live rows by series and SOP instance UID: few, those that are being replaced."""
-    found: dict[tuple[int, str], int] = {}
-    for series_id, sop in keys:
-        statement = sa.select(instances.c.id).where(
-            instances.c.series_id == series_id,
-            instances.c.sop_instance_uid == sop,
-            instances.c.deleted_sequence == 0,
-        )
-        found[series_id, sop] = connection.execute(statement).scalar_one()
-    return found
-
-
-def _insert_metadata(connection: sa.Connection, records: Sequence[InstanceRecord]) -> None:
-    """The rows went in by order, nobody else's between them while the counter is locked: theirs are the last ids."""
-    if all(record.metadata is None for record in records):
-        return
-    last_id = connection.execute(sa.select(sa.func.max(instances.c.id))).scalar_one()
-    found = [
-        {"instance_id": id_, "dicom_json": record.metadata.dicom_json, "layout": record.metadata.layout}
-        for id_, record in enumerate(records, last_id - len(records) + 1)
-        if record.metadata is not None
-    ]
-    connection.execute(sa.insert(instance_metadata), found)
-
-
-def _upsert(
-    connection: sa.Connection,
-    table: sa.Table,
-    rows: list[dict[str, Any]],
-    keys: tuple[str, ...],
-    attributes: list[str],
-) -> dict[tuple[Any, ...], int]:
-    """Insert or update study or series rows, and return their ids by key.
-
-    The attributes of a study or series are those of the instance that was stored last.
-    """
-    ids: dict[tuple[Any, ...], int] = {}
-    for batch in _batches(rows):
-        statement = insert(table).values(list(batch))
-        statement = statement.on_conflict_do_update(
-            index_elements=keys, set_={name: statement.excluded[name] for name in attributes}
-        )
-        returned = connection.execute(statement.returning(table.c.id, *(table.c[key] for key in keys)))
-        ids.update((tuple(row[1:]), row[0]) for row in returned)
-    return ids
 
 
 def _below(ref: Ref) -> sa.Select[tuple[int, int, str]]:

@@ -14,11 +14,10 @@ from __future__ import annotations
 import io
 import struct
 import zlib
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import Enum, auto
 from typing import BinaryIO
 
+from dicom_depot.codec.checks import Check, Violation, patient_id_violation, violations_of_indexed
 from dicom_depot.codec.layout import (
     PIXEL_PATHS,
     ByteRange,
@@ -33,14 +32,13 @@ from dicom_depot.codec.values import decode_integer, encodings_of
 from dicom_depot.codec.vr import (
     BULK_VRS,
     LONG_VRS,
-    SIGN_FOLLOWS_PIXELS,
     TO_JSON,
     Encodings,
-    choices_of,
     violation,
     vr_of,
 )
-from dicom_depot.domain.errors import BrokenInstance, InvalidIdentifier, NotDicom
+from dicom_depot.codec.window import SKIP_WINDOW_BYTES, StopWalk, Window
+from dicom_depot.domain.errors import BrokenInstance, DepotError, InvalidIdentifier
 from dicom_depot.domain.identifiers import InstanceRef, parse_uid
 from dicom_depot.domain.instance import InstanceHeader, Metadata
 from dicom_depot.domain.search import ATTRIBUTES
@@ -54,14 +52,12 @@ JSON_CHARACTERS_MAX = 32 << 20
 """Where the JSON of one instance ends, however much follows."""
 ELEMENTS_MAX = 1_000_000
 DEPTH_MAX = 220
-INFLATED_BYTES_MAX = 256 << 20
 FRAGMENTS_MAX = 1_000_000
 
-_WINDOW_BYTES = 64 << 10
-_SKIP_WINDOW_BYTES = 4 << 10
+__UNDEFINED = 0xFFFFFFFF
 _UNDEFINED = 0xFFFFFFFF
 _ITEM, _ITEM_END, _SEQUENCE_END = 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
-_CHARACTER_SET, _PATIENT_ID = 0x00080005, 0x00100020
+_CHARACTER_SET = 0x00080005
 _STUDY, _SERIES, _INSTANCE, _CLASS = 0x0020000D, 0x0020000E, 0x00080018, 0x00080016
 _IDENTIFYING = (_STUDY, _SERIES, _INSTANCE, _CLASS)
 _FRAME_COUNT, _ROWS, _COLUMNS, _SAMPLES, _BITS = 0x00280008, 0x00280010, 0x00280011, 0x00280002, 0x00280100
@@ -82,28 +78,6 @@ _unpack_short = {True: struct.Struct("<H").unpack_from, False: struct.Struct(">H
 _unpack_long = {True: struct.Struct("<L").unpack_from, False: struct.Struct(">L").unpack_from}
 
 
-class Check(Enum):
-    """Which values are held against the rules."""
-
-    NOTHING = auto()
-    INDEXED = auto()
-    """The attributes of the index, by the minimum rules of version 1 of the API; each violation is fatal."""
-    ALL = auto()
-    """Every value; one that breaks a rule is left out of JSON and index, and only a bad Patient ID may be fatal."""
-
-
-@dataclass(frozen=True, slots=True)
-class Violation:
-    """An attribute that breaks a rule. `reason` holds no value. `is_fatal`: the instance must not be stored for it."""
-
-    tag: int
-    reason: str
-    is_fatal: bool = False
-
-    def __str__(self) -> str:
-        return f"({self.tag >> 16:04x},{self.tag & 0xFFFF:04x}) - {self.reason}"
-
-
 @dataclass(frozen=True, slots=True)
 class ReadInstance:
     """What one walk over a file told."""
@@ -116,7 +90,7 @@ class ReadInstance:
 def read_instance(source: bytes | BinaryIO, size: int, check: Check = Check.NOTHING) -> ReadInstance:
     """Read the instance in `source`: its bytes, or a seekable stream at its beginning, of `size` bytes.
 
-    Raises NotDicom and BrokenInstance as `part10.read_header`, and nothing else.
+    Raises NotDicom and BrokenInstance as `part10.read_header`, and what the stream raises of ours.
     """
     walk = _Walk(source, size, is_checking=check is Check.ALL)
     try:
@@ -128,17 +102,17 @@ def read_instance(source: bytes | BinaryIO, size: int, check: Check = Check.NOTH
             header = read_header(stream, size)
     except BrokenInstance as error:
         raise BrokenInstance(error.message, *map(walk.uid, (_CLASS, _INSTANCE))) from None
-    except NotDicom:
-        raise
+    except DepotError:
+        raise  # also what a stream of ours says of the store that it reads
     except OSError as error:
         raise BrokenInstance(f"cannot be read: {error.strerror or type(error).__name__}") from None
     except Exception as error:
         raise BrokenInstance(f"cannot be parsed: {type(error).__name__}") from None
     violations = walk.violations
     if check is Check.INDEXED:
-        violations = _violations_of_indexed(walk.captured, walk.encodings)
+        violations = violations_of_indexed(walk.captured, walk.encodings)
     if check is not Check.NOTHING:
-        violations = [*violations, *_patient_id_violation(walk.captured, header, is_strict=check is Check.INDEXED)]
+        violations = [*violations, *patient_id_violation(walk.captured, header, is_strict=check is Check.INDEXED)]
         for tag in {violation.tag for violation in violations} & _INDEXED.keys():
             header.attributes[_INDEXED[tag].column] = None
     return ReadInstance(header, walk.metadata(header), tuple(violations))
@@ -154,38 +128,6 @@ def bare_metadata(ref: InstanceRef) -> Metadata:
     uids = {_STUDY: ref.study_uid, _SERIES: ref.series_uid, _INSTANCE: ref.sop_instance_uid}
     text = ",".join(f'"{tag:08X}":{{"vr":"UI","Value":["{uid}"]}}' for tag, uid in sorted(uids.items()))
     return Metadata(zlib.compress(f"{{{text}}}".encode(), 1), pack(Layout(is_complete=False)))
-
-
-def _violations_of_indexed(captured: Mapping[int, RawValue], encodings: Encodings) -> list[Violation]:
-    found = []
-    for tag, attribute in _INDEXED.items():
-        raw = captured.get(tag)
-        if raw is None:
-            continue
-        if raw.vr is not None and raw.vr not in choices_of(tag):
-            found.append(
-                Violation(tag, f"{attribute.keyword} has VR {raw.vr}; it must be {attribute.vr}", is_fatal=True)
-            )
-        elif reason := violation(attribute.vr, raw.value, encodings, is_minimum=True):
-            found.append(Violation(tag, f"{attribute.keyword}: {reason}", is_fatal=True))
-    return found
-
-
-def _patient_id_violation(
-    captured: Mapping[int, RawValue], header: InstanceHeader, *, is_strict: bool
-) -> list[Violation]:
-    if header.attributes["patient_id"] is not None:
-        return []
-    raw = captured.get(_PATIENT_ID)
-    if raw is None:
-        return [Violation(_PATIENT_ID, "PatientID is missing", is_fatal=True)]
-    if not raw.value.strip(b" \0"):
-        return [Violation(_PATIENT_ID, "PatientID is empty", is_fatal=is_strict)]
-    return []
-
-
-class _StopWalk(Exception):
-    """The rest of the file is not understood, or too much."""
 
 
 @dataclass(slots=True)
@@ -204,19 +146,16 @@ class _Level:
         return "{" + ",".join([f'"{tag:08X}":{self.members[tag]}' for tag in sorted(self.members)]) + "}"
 
 
-class _Walk:
+class _Walk(Window):
+    """One walk; what it found stands in its attributes."""
+
     def __init__(self, source: bytes | BinaryIO, size: int, *, is_checking: bool) -> None:
-        self._stream: BinaryIO | None = None if isinstance(source, bytes) else source
-        self._buffer = source if isinstance(source, bytes) else b""
-        self._base = 0
-        self._end = size
-        self._inflating: _Inflating | None = None
+        super().__init__(source, size)
         self._is_checking = is_checking
         self._remaining = ELEMENTS_MAX
         self._characters = 0
         self._transfer_syntax: str | None = None
         self._is_complete = False
-        self._is_identified = False
         self._values: dict[str, tuple[str, ByteRange]] = {}
         self._frames: Frames | None = None
         self._top: _Level | None = None
@@ -231,9 +170,9 @@ class _Walk:
         try:
             position = self._meta()
             self._top = _Level(self._encoding_at(position), (), "")
-            self._data_set(position, self._end, self._top, 0)
+            self._data_set(position, self.end, self._top, 0)
             self._is_complete = True
-        except (_StopWalk, struct.error, zlib.error):
+        except (StopWalk, struct.error, zlib.error):
             pass
         self._locate_native()
 
@@ -264,88 +203,45 @@ class _Walk:
             self._values,
             self._frames,
             top.encoding.is_little,
-            self._inflating.start if self._inflating is not None else None,
+            self.deflated_at,
             self._is_complete,
         )
         return Metadata(zlib.compress(text.encode("utf-8", "replace"), 1), pack(layout))
 
-    # Reading through the window. A place in the file is a position; `_at` says where that is in the buffer.
-
-    def _at(self, position: int, length: int, window: int = _WINDOW_BYTES) -> int:
-        """The place in the buffer of `length` bytes at `position`. Raises _StopWalk when it has fewer."""
-        place = position - self._base
-        if place >= 0 and place + length <= len(self._buffer):
-            return place
-        if position + length > self._end:
-            raise _StopWalk
-        wanted = max(length, window)
-        if self._inflating is not None:
-            self._buffer = self._inflating.read(position, wanted)
-        elif self._stream is not None:
-            self._stream.seek(position)
-            self._buffer = self._stream.read(wanted)
-        else:
-            raise _StopWalk
-        self._base = position
-        if len(self._buffer) < length:
-            raise _StopWalk
-        return 0
-
-    def _has(self, position: int, length: int) -> bool:
-        try:
-            self._at(position, length)
-        except _StopWalk:
-            return False
-        return True
-
     def _encoding_at(self, position: int) -> Encoding:
-        place = self._at(position, 8)
-        return encoding_at(self._buffer[place : place + 8])
-
-    def _fill(self, position: int) -> int:
-        """Look at what is at `position`, however little; returns its place in the buffer."""
-        if self._inflating is not None:
-            self._buffer, self._base = self._inflating.read(position, _WINDOW_BYTES), position
-        elif self._stream is not None:
-            self._stream.seek(position)
-            self._buffer, self._base = self._stream.read(_WINDOW_BYTES), position
-        return position - self._base
+        place = self.at(position, 8)
+        return encoding_at(self.buffer[place : place + 8])
 
     def _meta(self) -> int:
         """Step over preamble and file meta information (PS3.10 section 7.1); returns where the data set begins."""
-        has_prefix = self._has(0, 132) and self._buffer[128:132] == b"DICM"
+        has_prefix = self.has(0, 132) and self.buffer[128:132] == b"DICM"
         position = 132 if has_prefix else 0
         is_little = self._encoding_at(position).is_little
-        while self._has(position, 8):
-            place = self._at(position, 8)
-            group, element = _unpack_tag[is_little](self._buffer, place)
+        while self.has(position, 8):
+            place = self.at(position, 8)
+            group, element = _unpack_tag[is_little](self.buffer, place)
             if group != 2:
                 break
-            known = _VRS.get(self._buffer[place + 4 : place + 6])
+            known = _VRS.get(self.buffer[place + 4 : place + 6])
             if known is None:
-                raise _StopWalk
+                raise StopWalk
             if known[1]:
-                place = self._at(position, 12)
-                (length,), start = _unpack_long[is_little](self._buffer, place + 8), position + 12
+                place = self.at(position, 12)
+                (length,), start = _unpack_long[is_little](self.buffer, place + 8), position + 12
             else:
-                (length,), start = _unpack_short[is_little](self._buffer, place + 6), position + 8
+                (length,), start = _unpack_short[is_little](self.buffer, place + 6), position + 8
             if element == 0x0010:
-                place = self._at(start, length)
-                self._transfer_syntax = self._buffer[place : place + length].decode("latin-1").rstrip(" \0")
+                place = self.at(start, length)
+                self._transfer_syntax = self.buffer[place : place + length].decode("latin-1").rstrip(" \0")
             position = start + length
         if not has_prefix:
             self._transfer_syntax = None  # what such a file says of itself is for `read_header` to judge
         if self._transfer_syntax == _DEFLATED:
-            self._inflate(position)
+            self.inflate(position)
+            if not self.has(0, 8):
+                raise StopWalk
             return 0
         return position
-
-    def _inflate(self, start: int) -> None:
-        stream = self._stream if self._stream is not None else io.BytesIO(self._buffer)
-        self._inflating = _Inflating(stream, start)
-        self._buffer, self._base, self._end = b"", 0, INFLATED_BYTES_MAX
-        if not self._has(0, 8):
-            raise _StopWalk
 
     def _data_set(self, position: int, end: int, level: _Level, depth: int) -> int:
         """Walk the elements from `position` to `end`, or to the delimiter that ends an item; returns what is behind."""
@@ -360,34 +256,32 @@ class _Walk:
         while position < end:
             self._remaining -= 1
             if self._remaining < 0:
-                raise _StopWalk
-            place = position - self._base
-            if place < 0 or place + 12 > len(self._buffer):
-                place = self._fill(position)
-                available = len(self._buffer) - place
-                if not available and self._inflating is not None and not depth:
+                raise StopWalk
+            place = position - self.base
+            if place < 0 or place + 12 > len(self.buffer):
+                place = self.fill(position)
+                available = len(self.buffer) - place
+                if not available and self.deflated_at is not None and not depth:
                     return position  # a deflated data set ends where it ends
                 if available < 8:
-                    raise _StopWalk
-            buffer = self._buffer
+                    raise StopWalk
+            buffer = self.buffer
             group, element = unpack_tag(buffer, place)
             tag = group << 16 | element
             if group == 0xFFFE:
                 if tag in (_ITEM_END, _SEQUENCE_END) and depth:
                     return position + 8
-                raise _StopWalk
+                raise StopWalk
             item_encoding = encoding
             if is_implicit:
                 (length,) = unpack_long(buffer, place + 4)
-                vr = vr_of(tag, level.creators.get(tag >> 8) if group & 1 else None)
-                if level.is_signed and tag in SIGN_FOLLOWS_PIXELS and vr == "US":
-                    vr = "SS"
+                vr = vr_of(tag, level.creators.get(tag >> 8) if group & 1 else None, level.is_signed)
                 named_vr = None
                 start = position + 8
             else:
                 known = _VRS.get(buffer[place + 4 : place + 6])
                 if known is None:
-                    raise _StopWalk
+                    raise StopWalk
                 vr, is_long = known
                 named_vr = vr
                 if is_long:
@@ -400,7 +294,7 @@ class _Walk:
                 position = self._undefined(start, end, tag, vr, level, depth)
                 continue
             if start + length > end:
-                raise _StopWalk
+                raise StopWalk
             position = start + length
             if not element or group < 8 or tag == _PADDING or tag in members:
                 continue  # of elements that stand twice the first counts
@@ -416,14 +310,14 @@ class _Walk:
                 if not depth and tag in _CAPTURED:
                     is_table = tag == _OFFSETS
                     wanted = min(length, 8 * FRAGMENTS_MAX if is_table else VALUE_BYTES_MAX)
-                    place = self._at(start, wanted)
-                    value = self._buffer[place : place + wanted]
+                    place = self.at(start, wanted)
+                    value = self.buffer[place : place + wanted]
                     self.captured[tag] = RawValue(value, named_vr, is_cut=not is_table)
                 continue
-            place = start - self._base
-            if place < 0 or place + length > len(self._buffer):
-                place = self._at(start, length)
-            value = self._buffer[place : place + length]
+            place = start - self.base
+            if place < 0 or place + length > len(self.buffer):
+                place = self.at(start, length)
+            value = self.buffer[place : place + length]
             if tag == _CHARACTER_SET:
                 level.encodings = encodings_of(value)
             elif tag == _PIXEL_REPRESENTATION:
@@ -444,7 +338,7 @@ class _Walk:
     def _put(self, tag: int, text: str, members: dict[int, str]) -> None:
         self._characters += len(text) + 12
         if self._characters > JSON_CHARACTERS_MAX:
-            raise _StopWalk
+            raise StopWalk
         members[tag] = text
 
     def _bulk(self, tag: int, vr: str, start: int, length: int, level: _Level) -> None:
@@ -462,36 +356,36 @@ class _Walk:
         if vr == "UN":  # PS3.5 section 6.2.2, note 2
             return self._sequence(start, end, tag, level, depth, _IMPLICIT)
         if vr not in ("OB", "OW"):
-            raise _StopWalk
+            raise StopWalk
         return self._fragments(start, tag, vr, level, depth)
 
     def _sequence(self, position: int, end: int, tag: int, level: _Level, depth: int, encoding: Encoding) -> int:
         """Items to `end`, or to the delimiter; returns what is behind. What was read before a stop stays."""
         if depth >= DEPTH_MAX:
-            raise _StopWalk
+            raise StopWalk
         items: list[_Level] = []
         unpack_tag, unpack_long = _unpack_tag[encoding.is_little], _unpack_long[encoding.is_little]
         try:
             while position < end:
                 self._remaining -= 1
                 if self._remaining < 0:
-                    raise _StopWalk
-                place = self._at(position, 8)
-                group, element = unpack_tag(self._buffer, place)
-                (length,) = unpack_long(self._buffer, place + 4)
+                    raise StopWalk
+                place = self.at(position, 8)
+                group, element = unpack_tag(self.buffer, place)
+                (length,) = unpack_long(self.buffer, place + 4)
                 item_tag = group << 16 | element
                 position += 8
                 if item_tag in (_SEQUENCE_END, _ITEM_END):
                     return position
                 if item_tag != _ITEM:
-                    raise _StopWalk
+                    raise StopWalk
                 path = f"{level.path}{tag:08X}/{len(items)}/"
                 item = _Level(encoding, level.encodings, path, level.is_signed)
                 items.append(item)
                 if length == _UNDEFINED:
                     position = self._data_set(position, end, item, depth + 1)
                 elif position + length > end:
-                    raise _StopWalk
+                    raise StopWalk
                 else:
                     position = max(self._data_set(position, position + length, item, depth + 1), position + length)
             return position
@@ -516,23 +410,23 @@ class _Walk:
                 self._put(tag, f'{{"vr":"{vr}"}}', level.members)
         try:
             while True:
-                place = self._at(position, 8, _SKIP_WINDOW_BYTES)
-                group, element = _unpack_tag[is_little](self._buffer, place)
-                (length,) = _unpack_long[is_little](self._buffer, place + 4)
+                place = self.at(position, 8, SKIP_WINDOW_BYTES)
+                group, element = _unpack_tag[is_little](self.buffer, place)
+                (length,) = _unpack_long[is_little](self.buffer, place + 4)
                 item_tag = group << 16 | element
                 position += 8
                 if item_tag == _SEQUENCE_END:
                     return position
                 if item_tag != _ITEM or length == _UNDEFINED or len(fragments) >= FRAGMENTS_MAX:
-                    raise _StopWalk
+                    raise StopWalk
                 if position - 8 == first:
                     starts = self._offset_table(position, length, is_little=is_little)
                 else:
-                    if position + length > self._end:
-                        raise _StopWalk
+                    if position + length > self.end:
+                        raise StopWalk
                     fragments.append(ByteRange(position, length))
-                    place = self._at(position, min(length, 2), _SKIP_WINDOW_BYTES)
-                    begins.append(self._buffer[place : place + 2] in (b"\xff\xd8", b"\xff\x4f"))
+                    place = self.at(position, min(length, 2), SKIP_WINDOW_BYTES)
+                    begins.append(self.buffer[place : place + 2] in (b"\xff\xd8", b"\xff\x4f"))
                 position += length
         finally:
             if is_pixels:
@@ -541,9 +435,9 @@ class _Walk:
     def _offset_table(self, position: int, length: int, *, is_little: bool) -> list[int]:
         """The basic offset table's entries; those of the extended one (PS3.3 section C.7.6.3) where it is empty."""
         if length and length <= 4 * FRAGMENTS_MAX:
-            place = self._at(position, length)
+            place = self.at(position, length)
             count = length // 4
-            return list(struct.unpack_from(f"{'<' if is_little else '>'}{count}L", self._buffer, place))
+            return list(struct.unpack_from(f"{'<' if is_little else '>'}{count}L", self.buffer, place))
         extended = self.captured.get(_OFFSETS)
         if not length and extended is not None:
             return list(struct.unpack_from(f"{'<' if is_little else '>'}{len(extended.value) // 8}Q", extended.value))
@@ -572,34 +466,3 @@ class _Walk:
             return None
         vr = raw.vr or ("IS" if tag == _FRAME_COUNT else "US")
         return decode_integer(raw.value, vr, self._top.encoding.is_little)
-
-
-class _Inflating:
-    """A deflated data set (PS3.5 section A.5), read forward: what lies before the place asked for is dropped."""
-
-    def __init__(self, stream: BinaryIO, start: int) -> None:
-        self.start = start
-        self._stream = stream
-        self._inflater = zlib.decompressobj(-zlib.MAX_WBITS)
-        self._held = b""
-        self._held_at = 0
-        stream.seek(start)
-
-    def read(self, position: int, length: int) -> bytes:
-        """Up to `length` bytes at `position`, which must not lie before what was read last."""
-        if position < self._held_at:
-            raise _StopWalk
-        while self._held_at + len(self._held) < position + length and not self._inflater.eof:
-            block = self._inflater.unconsumed_tail or self._stream.read(_WINDOW_BYTES)
-            if not block:
-                break
-            inflated = self._inflater.decompress(block, _WINDOW_BYTES * 4)
-            surplus = position - self._held_at
-            if surplus >= len(self._held):
-                self._held_at += len(self._held)
-                self._held = inflated
-            else:
-                self._held = self._held[surplus:] + inflated
-                self._held_at = position
-        surplus = position - self._held_at
-        return self._held[surplus : surplus + length] if surplus >= 0 else b""

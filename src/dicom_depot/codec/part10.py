@@ -21,7 +21,8 @@ from pydicom.dataelem import RawDataElement
 from pydicom.filereader import data_element_generator
 
 from dicom_depot.codec.values import decode_integer, decode_text, encodings_of
-from dicom_depot.domain.errors import BrokenInstance, InvalidIdentifier, NotDicom
+from dicom_depot.codec.vr import LONG_VR_CODES, is_vr_code
+from dicom_depot.domain.errors import BrokenInstance, DepotError, InvalidIdentifier, NotDicom
 from dicom_depot.domain.identifiers import InstanceRef, Uid, parse_uid
 from dicom_depot.domain.instance import AttributeValues, InstanceHeader
 from dicom_depot.domain.search import ATTRIBUTES
@@ -56,7 +57,6 @@ _DEFLATED = frozenset({"1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.4.95", "1.2.
 _MEDIA_DIRECTORY = "1.2.840.10008.1.3.10"
 _UNDEFINED = 0xFFFFFFFF
 _ITEM, _ITEM_END, _SEQUENCE_END = 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
-_LONG_VRS = frozenset({b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,11 +97,12 @@ def read_header(stream: BinaryIO, size: int) -> InstanceHeader:
     character set (PS3.5 section 6.1.2), freed of padding and NULs and cut to 1,024 characters; several values are
     joined by backslashes; person names keep `^` and `=`; integers fit 64 bits.
 
-    Raises NotDicom and BrokenInstance, nothing else. Messages hold no values but malformed UIDs (shortened, escaped).
+    Raises NotDicom and BrokenInstance, and what the stream raises of ours. Messages hold no values but malformed UIDs
+    (shortened, escaped).
     """
     try:
         return _read_header(stream, size)
-    except (NotDicom, BrokenInstance):
+    except DepotError:
         raise
     except OSError as error:
         raise BrokenInstance(f"cannot be read: {error.strerror or type(error).__name__}") from None
@@ -147,14 +148,10 @@ def encoding_at(head: bytes) -> Encoding:
 
     What is found outweighs what the file says of itself: writers that name one encoding and use another are common.
     """
-    if len(head) < 6 or not _is_vr(head[4:6]):
+    if len(head) < 6 or not is_vr_code(head[4:6]):
         return Encoding(is_implicit=True, is_little=True)
     little, big = struct.unpack("<H", head[:2]), struct.unpack(">H", head[:2])
     return Encoding(is_implicit=False, is_little=little <= big)
-
-
-def _is_vr(text: bytes) -> bool:
-    return 0x41 <= text[0] <= 0x5A and 0x41 <= text[1] <= 0x5A
 
 
 def _has_any(stream: BinaryIO, encoding: Encoding) -> bool:
@@ -355,8 +352,8 @@ def _skip_nested(stream: BinaryIO, encoding: Encoding, remaining: int) -> int:
         if tag in (_ITEM_END, _SEQUENCE_END):
             depth -= 1
             continue
-        if tag != _ITEM and not encoding.is_implicit and _is_vr(header[4:6]):
-            if header[4:6] in _LONG_VRS:
+        if tag != _ITEM and not encoding.is_implicit and is_vr_code(header[4:6]):
+            if header[4:6] in LONG_VR_CODES:
                 long_length = read(4)
                 if len(long_length) < 4:
                     return 0

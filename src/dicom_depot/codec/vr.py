@@ -26,6 +26,14 @@ BULK_VRS = frozenset({"OB", "OD", "OF", "OL", "OV", "OW", "UN"})
 """What DICOM JSON points at instead of holding it."""
 LONG_VRS = frozenset({"OB", "OD", "OF", "OL", "OV", "OW", "SQ", "SV", "UC", "UN", "UR", "UT", "UV"})
 """VRs whose length has four bytes in explicit VR encodings (PS3.5 section 7.1.2)."""
+LONG_VR_CODES = frozenset(vr.encode() for vr in LONG_VRS)
+"""The same, as they stand in files."""
+WORD_BYTES = {
+    **dict.fromkeys(("AT", "OW", "SS", "US"), 2),
+    **dict.fromkeys(("FL", "OF", "OL", "SL", "UL"), 4),
+    **dict.fromkeys(("FD", "OD", "OV", "SV", "UV"), 8),
+}
+"""How many bytes of a value of these VRs change places together between byte orders (PS3.5 section 7.3)."""
 
 _quote = json.encoder.encode_basestring
 _JSON_NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?", re.ASCII)
@@ -167,12 +175,20 @@ TO_JSON: dict[str, ToJson] = {
 """Every VR that DICOM JSON holds values of; the others are sequences and bulk data."""
 
 
-@functools.lru_cache(maxsize=8192)
-def vr_of(tag: int, creator: str | None = None) -> str:
-    """The VR that an implicit VR element has by PS3.6; UN for what is not in the data dictionary.
+def is_vr_code(text: bytes) -> bool:
+    """Whether this is two capital letters, as a VR is, be it known or not."""
+    return len(text) == 2 and text.isalpha() and text.isupper()
 
-    Where the dictionary leaves a choice, the one that fits most: US for US or SS, OW for anything or OW.
+
+@functools.lru_cache(maxsize=8192)
+def vr_of(tag: int, creator: str | None = None, is_signed: bool = False) -> str:
+    """The VR that an implicit VR element has by PS3.6; UN for what is not in the data dictionary (PS3.5 section 6.2.2).
+
+    Where the dictionary leaves a choice, the one that fits most: OW for anything or OW; for US or SS the one that has
+    the sign of the instance's pixels.
     """
+    if is_signed and tag in SIGN_FOLLOWS_PIXELS and vr_of(tag, creator) == "US":
+        return "SS"
     group, element = tag >> 16, tag & 0xFFFF
     if element == 0:
         return "UL"
@@ -254,7 +270,7 @@ _RULES: dict[str, Rule] = {
     ),
     "UI": Rule(re.compile(r"[0-9.]{0,64}"), "at most 64 digits and dots"),
 }
-_SIZES = {"FD": 8, "FL": 4, "SL": 4, "SS": 2, "UL": 4, "US": 2, "SV": 8, "UV": 8, "AT": 4}
+_SIZES = {vr: size for vr, size in WORD_BYTES.items() if vr not in BULK_VRS} | {"AT": 4}
 
 
 _MINIMUM_RULES = _RULES | {

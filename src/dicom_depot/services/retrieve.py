@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from dicom_depot.codec import layout as layouts
 from dicom_depot.codec.layout import PIXEL_PATHS, ByteRange, EncapsulatedFrames, Layout, NativeFrames, shifted
-from dicom_depot.codec.transcode import OFFERED, frames, transcode
-from dicom_depot.domain.errors import NotAcceptable, NotFound, ServiceUnavailable
+from dicom_depot.codec.transcode import can_decode
+from dicom_depot.domain.errors import NotFound, NotTranscodable
 from dicom_depot.domain.identifiers import InstanceRef, Ref
 from dicom_depot.ports import BlobStore, InstanceCatalog, ResourceVersion, StoredInstance
 from dicom_depot.services.metadata import MetadataReader
 from dicom_depot.services.store_stream import open_stored
-
-_T = TypeVar("_T")
+from dicom_depot.services.transcoding import Transcoding
 
 IN_MEMORY_BYTES_MAX = 4 << 20
 """A larger object is read in blocks."""
@@ -43,16 +41,8 @@ class RetrieveService:
     catalog: InstanceCatalog
     store: BlobStore
     metadata: MetadataReader
+    transcoding: Transcoding
     transcode_bytes_max: int
-    _transcoding: threading.BoundedSemaphore
-
-    @classmethod
-    def create(
-        cls, catalog: InstanceCatalog, store: BlobStore, metadata: MetadataReader, transcode_bytes_max: int
-    ) -> RetrieveService:
-        # Each holds an instance several times over: no more at once than there are cores to work on them.
-        turns = threading.BoundedSemaphore(os.cpu_count() or 1)
-        return cls(catalog, store, metadata, transcode_bytes_max, turns)
 
     def version_of(self, ref: Ref) -> ResourceVersion:
         """Raises NotFound when nothing is stored below `ref`."""
@@ -75,20 +65,20 @@ class RetrieveService:
                 return
 
     def require_transcodable(self, ref: Ref, target: str) -> None:
-        """Refuse before anything is sent what cannot work for all. Raises NotAcceptable."""
+        """Refuse before anything is sent what cannot work for all. Raises NotTranscodable."""
         for syntax in self.catalog.transfer_syntaxes(ref):
-            if syntax != target and syntax.startswith(_VIDEO):
-                raise NotAcceptable(
+            if syntax != target and not can_decode(syntax):
+                raise NotTranscodable(
                     f"An instance is stored in {syntax}, which cannot be brought into {target}. Ask for "
                     "transfer-syntax=*.",
                     target="Accept",
                 )
 
     def part(self, instance: StoredInstance, target: str | None) -> Part:
-        """One instance as a Part 10 file; `target` None: as stored. Raises NotAcceptable, SourceFault."""
+        """One instance as a Part 10 file; `target` None: as stored. Raises NotTranscodable, SourceFault."""
         if target is None or target == instance.transfer_syntax_uid:
             return Part(instance.transfer_syntax_uid, instance.size, self._blocks(instance.store_key, instance.size))
-        content = self._converted(instance, target)
+        content = self._transcoded(instance, target)
         return Part(target, len(content), iter((content,)))
 
     def range(self, instance: StoredInstance, wanted: ByteRange) -> Iterator[bytes]:
@@ -96,7 +86,7 @@ class RetrieveService:
         return self._ranges(instance.store_key, [wanted])
 
     def frames(self, instance: StoredInstance, numbers: Sequence[int], target: str | None) -> list[Part]:
-        """Frames (numbers from 1); `target` None: as stored. Raises NotFound, NotAcceptable, SourceFault."""
+        """Frames (numbers from 1); `target` None: as stored. Raises NotFound, NotTranscodable, SourceFault."""
         layout = layouts.unpack(self.metadata.of(instance).layout)
         if layout.frames is None:
             raise NotFound("This instance has no pixel data.", target="frames")
@@ -105,7 +95,7 @@ class RetrieveService:
             is_native and target in _NATIVE_LITTLE and instance.transfer_syntax_uid in _NATIVE_LITTLE
         )
         if not is_as_wanted or (is_native and not layout.is_little_endian):
-            return self._converted_frames(instance, numbers, target or _NATIVE_DEFAULT)
+            return self._transcoded_frames(instance, numbers, target or _NATIVE_DEFAULT)
         match layout.frames:
             case EncapsulatedFrames() as encapsulated:
                 return [
@@ -122,7 +112,7 @@ class RetrieveService:
     def bulk_data(self, instance: StoredInstance, path: str, target: str | None) -> list[Part]:
         """The value that metadata points at by `path`; pixel data comes frame by frame.
 
-        Raises NotFound, NotAcceptable, SourceFault.
+        Raises NotFound, NotTranscodable, SourceFault.
         """
         layout = layouts.unpack(self.metadata.of(instance).layout)
         found = layout.values.get(path)
@@ -145,28 +135,22 @@ class RetrieveService:
             return Part(_NATIVE_DEFAULT, len(content), iter((content,)))
         return Part(_NATIVE_DEFAULT, place.length, blocks)
 
-    def _converted(self, instance: StoredInstance, target: str) -> bytes:
-        return self._in_turn(instance, lambda content: transcode(content, target))
+    def _transcoded(self, instance: StoredInstance, target: str) -> bytes:
+        with _explained(target):
+            return self.transcoding.transcode(self._content(instance), target)
 
-    def _converted_frames(self, instance: StoredInstance, numbers: Sequence[int], target: str) -> list[Part]:
-        if target not in OFFERED:
-            raise NotAcceptable(f"Frames cannot be brought into {target}.", target="Accept")
-        found = self._in_turn(instance, lambda content: frames(content, numbers, target))
+    def _transcoded_frames(self, instance: StoredInstance, numbers: Sequence[int], target: str) -> list[Part]:
+        with _explained(target):
+            found = self.transcoding.frames(self._content(instance), numbers, target)
         return [Part(target, len(content), iter((content,))) for content in found]
 
-    def _in_turn(self, instance: StoredInstance, convert: Callable[[bytes], _T]) -> _T:
+    def _content(self, instance: StoredInstance) -> bytes:
         if instance.size > self.transcode_bytes_max:
-            raise NotAcceptable(
-                f"The instance has {instance.size} bytes; at most {self.transcode_bytes_max} are transcoded "
-                "(DICOM_DEPOT_TRANSCODE_BYTES_MAX). Ask for transfer-syntax=*.",
-                target="Accept",
+            raise NotTranscodable(
+                f"it has {instance.size} bytes, and at most {self.transcode_bytes_max} are transcoded "
+                "(DICOM_DEPOT_TRANSCODE_BYTES_MAX)"
             )
-        if not self._transcoding.acquire(timeout=_TURN_SECONDS):
-            raise ServiceUnavailable("Too much is being transcoded; try again later.")
-        try:
-            return convert(self.store.read(instance.store_key, instance.size))
-        finally:
-            self._transcoding.release()
+        return self.store.read(instance.store_key, instance.size)
 
     def _blocks(self, key: str, size: int) -> Iterator[bytes]:
         if size <= IN_MEMORY_BYTES_MAX:
@@ -189,9 +173,18 @@ class RetrieveService:
 
 
 _NATIVE_DEFAULT = "1.2.840.10008.1.2.1"
-_VIDEO = "1.2.840.10008.1.2.4.10"  # MPEG2, MPEG-4 and HEVC: .100 to .108
-_TURN_SECONDS = 60.0
 _WORD_BYTES = {"OW": 2, "OF": 4, "OL": 4, "OD": 8, "OV": 8}
+
+
+@contextmanager
+def _explained(target: str) -> Iterator[None]:
+    """Turn the reason why something cannot be transcoded into a message that says what to do."""
+    try:
+        yield
+    except NotTranscodable as error:
+        raise NotTranscodable(
+            f"The instance cannot be sent in {target}: {error.message}. Ask for transfer-syntax=*.", target="Accept"
+        ) from None
 
 
 def _inflated_range(read: Callable[[int], bytes], wanted: ByteRange) -> bytes:

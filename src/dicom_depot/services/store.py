@@ -18,7 +18,8 @@ from enum import IntEnum
 
 import xxhash
 
-from dicom_depot.codec.dicom_json import Check, ReadInstance, Violation, read_instance
+from dicom_depot.codec.checks import Check, Violation
+from dicom_depot.codec.dicom_json import ReadInstance, read_instance
 from dicom_depot.domain.errors import BrokenInstance, DepotError, NotDicom, PayloadTooLarge, StorageFull
 from dicom_depot.domain.identifiers import InstanceRef, Uid
 from dicom_depot.domain.instance import InstanceRecord

@@ -123,7 +123,9 @@ class BlobStoreContract(Generic[StoreT]):
         attempts: list[Callable[[], object]] = [
             lambda: store.read(key),
             lambda: list(store.stream(key, 1000)),
+            lambda: store.read_range(key, 0, 4),
             lambda: store.put(store.new_keys(1)[0], [b"new"]),
+            lambda: store.writer(store.new_keys(1)[0]),
             lambda: store.make_durable([key]),
             lambda: store.delete(key),
             lambda: list(store.entries()),
@@ -133,6 +135,104 @@ class BlobStoreContract(Generic[StoreT]):
                 attempt()
             assert caught[0].kind is FaultKind.TRANSIENT, caught[0]
             assert caught[0].side == "source"
+
+    def test_a_range_is_the_bytes_from_its_offset_on_cut_where_the_object_ends(self) -> None:
+        store = self.make_store()
+        for content in (b"", b"x", _content(12, 1000), _content(13, 3_000_001)):
+            [key] = store.new_keys(1)
+            store.put(key, [content])
+            end = len(content)
+            edges = sorted({0, 1, end // 2, max(0, end - 1), end, end + 1, end + 70_000})
+            for offset in edges:
+                for length in edges:
+                    found = store.read_range(key, offset, length)
+                    assert found == content[offset : offset + length], (end, offset, length)
+
+    def test_a_writers_object_is_absent_until_it_is_closed_and_whole_from_then_on(self) -> None:
+        store = self.make_store()
+        [key, empty, other] = store.new_keys(3)
+        store.put(other, [b"other"])
+        blocks = [b"", b"a", _content(14, 70_000), b"", _content(15, 2_000_000), b"b"]
+        writer = store.writer(key)
+        for block in blocks:
+            _assert_missing(store, key)
+            writer.write(block)
+        _assert_missing(store, key)
+        writer.close()
+        store.writer(empty).close()
+        store.make_durable([key, empty])
+        assert store.read(key) == b"".join(blocks)
+        assert store.read(empty) == b""
+        sizes = {entry.key: entry.size for entry in store.entries()}
+        assert sizes == {key: sum(map(len, blocks)), empty: 0, other: 5}
+
+    def test_an_abandoned_writer_leaves_nothing_and_may_be_abandoned_again(self) -> None:
+        store = self.make_store()
+        [kept] = store.new_keys(1)
+        store.put(kept, [b"kept"])
+        for blocks in ([], [b""], [b"small"], [_content(16, 2_000_000), b"end"]):
+            [key] = store.new_keys(1)
+            writer = store.writer(key)
+            for block in blocks:
+                writer.write(block)
+            for _ in range(3):
+                writer.abandon()
+                _assert_missing(store, key)
+            assert [entry.key for entry in store.entries()] == [kept]
+            store.put(key, [b"put instead"])
+            writer.abandon()
+            assert store.read(key) == b"put instead"
+            store.delete(key)
+
+    def test_to_abandon_a_writer_does_not_undo_its_close(self) -> None:
+        store = self.make_store()
+        [key] = store.new_keys(1)
+        writer = store.writer(key)
+        writer.write(b"content")
+        writer.close()
+        for _ in range(2):
+            writer.abandon()
+        assert store.read(key) == b"content"
+        assert [entry.key for entry in store.entries()] == [key]
+
+    def test_a_writer_whose_store_went_away_says_so_and_can_still_be_abandoned(self) -> None:
+        store = self.make_store()
+        abandoned, closed = (store.writer(key) for key in store.new_keys(2))
+        self.take_away(store)
+        with _raises(SourceFault) as caught:
+            closed.write(b"begun")
+            closed.close()
+        assert caught[0].kind is FaultKind.TRANSIENT, caught[0]
+        for writer in (closed, abandoned):
+            for _ in range(2):
+                writer.abandon()
+
+    def test_many_writers_are_open_at_once(self) -> None:
+        store = self.make_store()
+
+        def work(seed: int) -> dict[str, bytes]:
+            keys = store.new_keys(30)
+            writers = [store.writer(key) for key in keys]
+            for part in range(3):
+                for key, writer in zip(keys, writers, strict=True):
+                    writer.write(f"{key} {part};".encode())
+            for number, writer in enumerate(writers):
+                if number % 3 == seed % 3:
+                    writer.abandon()
+                else:
+                    writer.close()
+            return {
+                key: "".join(f"{key} {part};" for part in range(3)).encode()
+                for number, key in enumerate(keys)
+                if number % 3 != seed % 3
+            }
+
+        expected: dict[str, bytes] = {}
+        with ThreadPoolExecutor(_THREADS) as pool:
+            for written in pool.map(work, range(_THREADS)):
+                expected |= written
+        assert {entry.key for entry in store.entries()} == expected.keys()
+        assert all(store.read(key) == content for key, content in expected.items())
 
     def test_delete_removes_one_object_and_may_be_repeated(self) -> None:
         store = self.make_store()
@@ -461,9 +561,16 @@ def _assert_missing(store: BlobStore, key: str) -> None:
         store.read(key)
     assert caught[0].kind is FaultKind.INSTANCE, caught[0]
     assert caught[0].code == "SourceMissing"
-    with _raises(SourceFault) as caught:
-        list(store.stream(key, 1000))
-    assert caught[0].kind is FaultKind.INSTANCE, caught[0]
+    attempts: list[Callable[[], object]] = [
+        lambda: list(store.stream(key, 1000)),
+        lambda: store.read_range(key, 0, 1000),
+        lambda: store.read_range(key, 0, 0),
+    ]
+    for attempt in attempts:
+        with _raises(SourceFault) as caught:
+            attempt()
+        assert caught[0].kind is FaultKind.INSTANCE, caught[0]
+        assert caught[0].code == "SourceMissing"
 
 
 ErrorT = TypeVar("ErrorT", bound=BaseException)

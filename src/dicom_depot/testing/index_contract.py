@@ -17,15 +17,19 @@ from dicom_depot.ports import AddOutcome, IndexEntry, InstanceIndex, KnownInstan
 IndexT = TypeVar("IndexT", bound=InstanceIndex)
 
 _STORED, _THERE, _CONFLICT = AddOutcome.STORED, AddOutcome.ALREADY_THERE, AddOutcome.CONFLICTING
+_REPLACED = AddOutcome.REPLACED
 _WRITERS = 4
 _LATER = timedelta(hours=1)
 _keys = itertools.count()
 
 
-def make_record(identifier: str, content: str = "bytes", *, size: int = 100, xxh3: int = 7) -> InstanceRecord:
+def make_record(
+    identifier: str, content: str = "bytes", *, size: int = 100, xxh3: int = 7, may_replace: bool = False
+) -> InstanceRecord:
     """The record of an instance whose bytes are told apart by `content`."""
     header = InstanceHeader(_instance(identifier), "1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.1.2.1", {})
-    return InstanceRecord(header, f"key/{next(_keys)}", size, hashlib.sha256(content.encode()).digest(), xxh3)
+    sha256 = hashlib.sha256(content.encode()).digest()
+    return InstanceRecord(header, f"key/{next(_keys)}", size, sha256, xxh3, may_replace=may_replace)
 
 
 class InstanceIndexContract(Generic[IndexT]):
@@ -144,6 +148,116 @@ class InstanceIndexContract(Generic[IndexT]):
         assert old_id != new_id
         assert [each.store_key for each in index.fetch([new_id, old_id])] == [new.store_key, old.store_key]
         assert index.find([old.ref])[old.ref].size == 2
+
+    def test_a_replacement_takes_one_number_from_which_on_the_old_instance_is_invisible(self) -> None:
+        index = self.make_index()
+        old, new = make_record("1/2/3", "old", size=1), make_record("1/2/3", "new", size=20, may_replace=True)
+        index.add([old, make_record("1/2/4", size=300)])
+        before = index.sequence()
+        assert index.add([new]) == [_REPLACED]
+        after = index.sequence()
+        assert after == before + 1
+        assert index.find([old.ref]) == {old.ref: KnownInstance(new.sha256, 20)}
+        assert [index.totals(cutoff) for cutoff in (before, after)] == [(2, 301), (2, 320)]
+        for refs in (None, [_ref("1")], [_ref("1/2")], [_ref("1/2/3"), _ref("1/2/4")]):
+            then, now = _selected(index, refs, before, 1), _selected(index, refs, after, 1)
+            assert {row.store_key for row in index.fetch(then)} > {old.store_key}
+            assert {row.store_key for row in index.fetch(now)} > {new.store_key}
+            assert len(then) == len(now) == len({*then, *now}) - 1 == 2
+        assert index.unmatched([old.ref], before) == index.unmatched([old.ref], after) == []
+        assert {entry.store_key: entry.is_deleted for entry in index.scan(0, 10)}[old.store_key]
+        assert sum(entry.is_deleted for entry in index.scan(0, 10)) == 1
+
+    def test_the_same_bytes_replace_nothing(self) -> None:
+        index = self.make_index()
+        original = make_record("1/2/3", "same")
+        index.add([original])
+        before = index.sequence()
+        assert index.add([make_record("1/2/3", "same", may_replace=True)]) == [_THERE]
+        assert index.sequence() == before
+        assert [entry.store_key for entry in index.scan(0, 10)] == [original.store_key]
+
+    def test_to_replace_what_is_not_there_is_to_store_it(self) -> None:
+        index = self.make_index()
+        assert index.add([make_record("1/2/3", may_replace=True), make_record("1/2/4", may_replace=True)]) == [
+            _STORED,
+            _STORED,
+        ]
+        index.delete(_ref("1/2/3"))
+        assert index.add([make_record("1/2/3", "other", may_replace=True)]) == [_STORED]
+        assert index.sequence() == 4
+
+    def test_of_replacements_in_one_call_each_has_its_moment_and_the_last_stays(self) -> None:
+        index = self.make_index()
+        contents = ["a", "b", "b", "a", "c"]
+        records = [make_record("1/2/3", content, may_replace=True) for content in contents]
+        strict, other = make_record("1/2/3", "d"), make_record("1/2/4")
+        outcomes = index.add([*records, strict, other, make_record("1/2/3", "c")])
+        assert outcomes == [_STORED, _REPLACED, _THERE, _REPLACED, _REPLACED, _CONFLICT, _STORED, _THERE]
+        kept = [records[0], records[1], records[3], records[4]]
+        assert index.sequence() == len(kept) + 1
+        seen = [
+            [row.store_key for row in index.fetch(_selected(index, [strict.ref], cutoff, 9))]
+            for cutoff in range(index.sequence() + 1)
+        ]
+        moments = [key for keys in seen for key in keys]
+        assert list(dict.fromkeys(moments)) == [record.store_key for record in kept]
+        assert all(len(keys) == 1 for keys in seen[1:]), "between two versions there was none"
+        assert index.find([strict.ref])[strict.ref].sha256 == records[4].sha256
+
+    def test_thousands_are_replaced_in_one_call_and_no_other_is(self) -> None:
+        index = self.make_index()
+        numbers = range(1500)
+        index.add([make_record(f"{n % 3}/{n % 20}/{n}", "old", size=1) for n in numbers])
+        before = index.sequence()
+        records = [
+            make_record(f"{n % 3}/{n % 20}/{n}", "new" if n % 2 else "old", size=1000, may_replace=n % 5 > 0)
+            for n in numbers
+        ]
+        outcomes = index.add(records)
+        expected = [(_REPLACED if n % 5 else _CONFLICT) if n % 2 else _THERE for n in numbers]
+        assert outcomes == expected
+        assert index.sequence() == before + expected.count(_REPLACED)
+        assert index.totals(before) == (1500, 1500)
+        assert index.totals(index.sequence()) == (1500, 1500 + 999 * expected.count(_REPLACED))
+
+    def test_what_was_replaced_is_swept_as_what_was_deleted(self) -> None:
+        index = self.make_index()
+        old = make_record("1/2/3", "old")
+        index.add([old, make_record("1/2/4")])
+        [old_id] = [entry.instance_id for entry in index.scan(0, 10) if entry.store_key == old.store_key]
+        cutoff = index.sequence()  # an export that begins here needs the old one
+        index.add([make_record("1/2/3", "new", may_replace=True)])
+        now = datetime.now(UTC)
+        assert index.sweepable(now - _LATER, None, 10) == []
+        assert index.sweepable(now + _LATER, cutoff, 10) == []
+        for oldest in (cutoff + 1, None):
+            assert index.sweepable(now + _LATER, oldest, 10) == [(old_id, old.store_key)]
+        assert index.remaining([old_id]) == (1, [old.store_key])
+        index.forget([old_id])
+        assert index.remaining([old_id]) == (0, [])
+        assert index.forgotten_up_to() == cutoff + 1
+        assert index.totals(index.sequence()) == (2, 200)
+        assert index.add([make_record("1/2/3", "new", may_replace=True)]) == [_THERE]
+
+    def test_of_threads_that_replace_the_same_instance_each_takes_its_turn(self) -> None:
+        index = self.make_index()
+        index.add([make_record("1/2/3", "first")])
+
+        def write(writer: int) -> list[AddOutcome]:
+            outcomes: list[AddOutcome] = []
+            for number in range(20):
+                records = [make_record("1/2/3", f"{writer} {number} {n}", may_replace=True) for n in range(2)]
+                outcomes += index.add([*records, make_record("1/2/3", "first")])[:2]
+            return outcomes
+
+        with ThreadPoolExecutor(_WRITERS) as pool:
+            outcomes = [outcome for done in pool.map(write, range(_WRITERS)) for outcome in done]
+        assert outcomes == [_REPLACED] * (_WRITERS * 40)
+        assert index.sequence() == 1 + len(outcomes)
+        ids = [_selected(index, None, cutoff, 9) for cutoff in range(1, index.sequence() + 1)]
+        assert all(len(at_cutoff) == 1 for at_cutoff in ids)
+        assert len({id_ for [id_] in ids}) == len(ids)
 
     def test_every_page_size_selects_each_instance_once_in_the_same_order(self) -> None:
         index = self.make_index()

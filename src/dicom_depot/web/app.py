@@ -73,7 +73,7 @@ def create_app(open_context: Opener, settings: Settings | None = None) -> FastAP
         redirect_slashes=False,
         generate_unique_id_function=_operation_name,
     )
-    for prefix in ("/v1", "/v2", ""):
+    for prefix in ("/v2", "/v1", ""):  # in the order in which they are looked through
         for router in _ROUTERS + ((store.replacing_router,) if prefix == "/v2" else ()):
             app.include_router(router, prefix=prefix, include_in_schema=prefix == "/v2", responses=_REFUSALS)
         app.add_api_route(

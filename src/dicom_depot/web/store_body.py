@@ -19,19 +19,25 @@ _ENCODINGS = frozenset({"binary", "8bit", "7bit"})
 
 
 class _Taker:
-    """Gives a body's bytes to a session, as its content type says."""
+    """Gives a body's bytes to a session, as its content type says. The session begins with the first of them, so that
+    a small body needs a single turn on a thread.
+    """
 
-    def __init__(self, session: StoreSession, reader: MultipartReader | None) -> None:
-        self._session = session
+    def __init__(self, stores: StoreService, rules: StoreRules, reader: MultipartReader | None) -> None:
+        self._stores = stores
+        self._rules = rules
         self._reader = reader
-        if reader is None:
-            session.begin_instance()
+        self._session: StoreSession | None = None
 
-    def take(self, block: bytes) -> None:
+    def take(self, block: bytes) -> StoreSession:
+        if self._session is None:
+            self._session = self._stores.begin(self._rules)
+            if self._reader is None:
+                self._session.begin_instance()
         if self._reader is None:
             if block:
                 self._session.write(block)
-            return
+            return self._session
         for event in self._reader.feed(block):
             match event:
                 case PartBegin(headers):
@@ -41,14 +47,19 @@ class _Taker:
                     self._session.write(bytes(data))
                 case PartEnd():
                     self._session.end_instance()
+        return self._session
 
     def finish(self, block: bytes) -> list[StoreOutcome]:
-        self.take(block)
+        session = self.take(block)
         if self._reader is None:
-            self._session.end_instance()
+            session.end_instance()
         else:
             self._reader.close()
-        return self._session.commit()
+        return session.commit()
+
+    def abandon(self) -> None:
+        if self._session is not None:
+            self._session.abandon()
 
 
 async def read_instances(request: Request, stores: StoreService, rules: StoreRules) -> list[StoreOutcome]:
@@ -59,12 +70,12 @@ async def read_instances(request: Request, stores: StoreService, rules: StoreRul
     """
     reader = _reader_for(request)
     async with store_place():
-        session = await run_storing(stores.begin, rules)
+        taker = _Taker(stores, rules, reader)
         try:
-            return await _read(request, _Taker(session, reader))
+            return await _read(request, taker)
         except BaseException:
             with CancelScope(shield=True):
-                await run_storing(session.abandon)
+                await run_storing(taker.abandon)
             raise
 
 

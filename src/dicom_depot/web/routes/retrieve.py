@@ -12,6 +12,7 @@ from starlette.responses import Response, StreamingResponse
 
 from dicom_depot.codec.layout import ByteRange
 from dicom_depot.codec.media_types import (
+    EXPLICIT_LITTLE_ENDIAN,
     RetrieveChoice,
     accepts_dicom_json,
     choose_frames,
@@ -208,6 +209,11 @@ def _frames(request: Request, ref: InstanceRef, numbers: list[int], choice: Retr
 def _bulk_data(request: Request, ref: InstanceRef, path: str, choice: RetrieveChoice) -> Response:
     retrieval = context(request).retrieval
     parts = retrieval.bulk_data(retrieval.instance(ref), path, choice.transfer_syntax_uid)
+    target = choice.transfer_syntax_uid
+    if target is not None and any(
+        frame_media_type(each.transfer_syntax_uid) != frame_media_type(target) for each in parts
+    ):  # a value that is no image must not be called one
+        choice = choose_frames(request.headers.getlist("accept"), (EXPLICIT_LITTLE_ENDIAN,))
     if not choice.is_multipart and len(parts) != 1:
         raise InvalidRequest("A single part holds one frame; accept multipart/related for more.", target="bulkdata")
     return _values(parts, choice)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from dicom_depot.codec.dicom_json import Check
+from dicom_depot.codec.checks import Check
 from dicom_depot.codec.media_types import accepts_dicom_json
 from dicom_depot.domain.access import Action, Caller
 from dicom_depot.services.store import StoreRules, stored_refs
@@ -42,7 +42,7 @@ _BODY: dict[str, Any] = {
         },
     }
 }
-_arguments: dict[str, Any] = {"response_class": DicomJsonResponse, "responses": _RESPONSES, "openapi_extra": _BODY}
+_arguments: dict[str, Any] = {"response_class": Response, "responses": _RESPONSES, "openapi_extra": _BODY}
 
 
 @router.post("/studies", **_arguments)
