@@ -173,7 +173,6 @@ def test_a_fault_at_a_small_instance_leaves_nothing(error: Callable[[], DepotErr
     assert index.sequence() == 0
 
 
-@pytest.mark.xfail(reason="codec/dicom_json.read_instance takes a SourceFault for a broken instance", strict=True)
 def test_a_fault_while_a_large_instance_is_read_again_leaves_nothing() -> None:
     store, index = MemoryBlobStore(), MemoryIndex()
     plan = FaultPlan("store.read_range", 1, error=away)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.dialects.sqlite import insert
 
 from dicom_depot.adapters.database import Database
+from dicom_depot.adapters.prepared import Prepared
 from dicom_depot.adapters.schema import counters, instance_metadata, instances, series, studies
 from dicom_depot.domain.errors import NotFound
 from dicom_depot.domain.identifiers import InstanceRef, Ref, SeriesRef, StudyRef, Uid
@@ -18,7 +19,49 @@ from dicom_depot.ports import Cursor, ResourceVersion, StoredInstance
 _FILLED = "metadata"
 """The counter that says how far the back-fill of metadata has come."""
 
-_COLUMNS = "id, sop_instance_uid, store_key, size, transfer_syntax_uid, created_sequence"
+
+def _statements(*columns: sa.ColumnElement[Any], is_distinct: bool = False) -> dict[type[Ref], Prepared]:
+    """These columns of all live instances below a study, a series, an instance: statements that are made once."""
+    found: dict[type[Ref], Prepared] = {}
+    select = sa.select(*columns).distinct() if is_distinct else sa.select(*columns)
+    statement: sa.Select[Any] = select.select_from(studies.join(series).join(instances)).where(
+        studies.c.study_uid == sa.bindparam("study"), instances.c.deleted_sequence == 0
+    )
+    found[StudyRef] = Prepared(statement)
+    statement = statement.where(series.c.series_uid == sa.bindparam("series"))
+    found[SeriesRef] = Prepared(statement)
+    statement = statement.where(instances.c.sop_instance_uid == sa.bindparam("sop"))
+    found[InstanceRef] = Prepared(statement)
+    return found
+
+
+_INSTANCE_COLUMNS = (
+    instances.c.id,
+    instances.c.sop_instance_uid,
+    instances.c.store_key,
+    instances.c.size,
+    instances.c.transfer_syntax_uid,
+    instances.c.created_sequence,
+)
+_VERSIONS = _statements(sa.func.max(instances.c.created_sequence), sa.func.count())
+_SYNTAXES = _statements(instances.c.transfer_syntax_uid, is_distinct=True)
+_ONE = _statements(*_INSTANCE_COLUMNS)[InstanceRef]
+_SERIES_OF_STUDY = Prepared(
+    sa.select(series.c.id, series.c.series_uid)
+    .select_from(series.join(studies))
+    .where(studies.c.study_uid == sa.bindparam("study"))
+    .order_by(series.c.id)
+)
+_PAGE_OF_SERIES = Prepared(
+    sa.select(*_INSTANCE_COLUMNS)
+    .where(
+        instances.c.series_id == sa.bindparam("series_id"),
+        instances.c.deleted_sequence == 0,
+        instances.c.sop_instance_uid > sa.bindparam("after"),
+    )
+    .order_by(instances.c.sop_instance_uid)
+    .limit(sa.bindparam("limit", type_=sa.Integer))
+)
 
 
 class SqlCatalog:
@@ -29,39 +72,20 @@ class SqlCatalog:
 
     def version_of(self, ref: Ref) -> ResourceVersion:
         with self._database.read() as connection:
-            statement = _among_live(ref, sa.func.max(instances.c.created_sequence), sa.func.count())
-            last, count = connection.execute(statement).one()
+            last, count = _VERSIONS[type(ref)].one(connection, _bound(ref))
         if not count:
             raise not_found(ref)
         return ResourceVersion(last, count)
 
     def instances(self, ref: Ref, after: Cursor | None, limit: int) -> tuple[list[StoredInstance], Cursor | None]:
-        start_series, start_sop = after or (0, "")
-        chosen: list[StoredInstance] = []
         with self._database.read() as connection:
-            for series_id, study_uid, series_uid in _series_below(connection, ref):
-                if series_id < start_series:
-                    continue
-                if isinstance(ref, InstanceRef):
-                    condition, sop_uid = "=", str(ref.sop_instance_uid)
-                else:
-                    condition, sop_uid = ">", start_sop if series_id == start_series else ""
-                rows = connection.exec_driver_sql(
-                    f"SELECT {_COLUMNS} FROM instances WHERE series_id = ? AND deleted_sequence = 0"
-                    f" AND sop_instance_uid {condition} ? ORDER BY sop_instance_uid LIMIT ?",
-                    (series_id, sop_uid, limit - len(chosen)),
-                )
-                for id_, sop, key, size, syntax, sequence in rows:
-                    instance = InstanceRef(study_uid, series_uid, Uid(sop))
-                    chosen.append(StoredInstance(id_, instance, key, size, syntax, sequence))
-                if len(chosen) >= limit and condition == ">":
-                    return chosen, (series_id, chosen[-1].ref.sop_instance_uid)
-        return chosen, None
+            if isinstance(ref, InstanceRef):
+                return [_stored(ref, *row[2:], id_=row[0]) for row in _ONE.all(connection, _bound(ref))], None
+            return _page(connection, ref, after, limit)
 
     def transfer_syntaxes(self, ref: Ref) -> frozenset[str]:
         with self._database.read() as connection:
-            statement = _among_live(ref, instances.c.transfer_syntax_uid).distinct()
-            return frozenset(connection.execute(statement).scalars())
+            return frozenset(row[0] for row in _SYNTAXES[type(ref)].all(connection, _bound(ref)))
 
     def metadata(self, instance_ids: Sequence[int]) -> dict[int, Metadata]:
         numbers = ",".join(str(int(id_)) for id_ in instance_ids)
@@ -135,28 +159,38 @@ def not_found(ref: Ref) -> NotFound:
     return NotFound(f"There is no {level} {ref}.", target=level)
 
 
-def _among_live(ref: Ref, *columns: sa.ColumnElement[Any]) -> sa.Select[Any]:
-    statement: sa.Select[Any] = (
-        sa.select(*columns)
-        .select_from(studies.join(series).join(instances))
-        .where(studies.c.study_uid == ref.study_uid, instances.c.deleted_sequence == 0)
-    )
-    if not isinstance(ref, StudyRef):
-        statement = statement.where(series.c.series_uid == ref.series_uid)
-    if isinstance(ref, InstanceRef):
-        statement = statement.where(instances.c.sop_instance_uid == ref.sop_instance_uid)
-    return statement
+def _bound(ref: Ref) -> dict[str, str]:
+    match ref:
+        case StudyRef(study):
+            return {"study": study}
+        case SeriesRef(study, series_uid):
+            return {"study": study, "series": series_uid}
+        case InstanceRef(study, series_uid, sop):
+            return {"study": study, "series": series_uid, "sop": sop}
 
 
-def _series_below(connection: sa.Connection, ref: Ref) -> Iterator[tuple[int, Uid, Uid]]:
-    """(internal id, study UID, series UID) of the series that hold what `ref` names, by internal id."""
-    statement = (
-        sa.select(series.c.id, studies.c.study_uid, series.c.series_uid)
-        .select_from(series.join(studies))
-        .where(studies.c.study_uid == ref.study_uid)
-        .order_by(series.c.id)
-    )
-    if not isinstance(ref, StudyRef):
-        statement = statement.where(series.c.series_uid == ref.series_uid)
-    for row in connection.execute(statement).all():
-        yield row[0], Uid(row[1]), Uid(row[2])
+def _stored(ref: InstanceRef, key: str, size: int, syntax: str, sequence: int, *, id_: int) -> StoredInstance:
+    return StoredInstance(id_, ref, key, size, syntax, sequence)
+
+
+def _page(
+    connection: sa.Connection, ref: StudyRef | SeriesRef, after: Cursor | None, limit: int
+) -> tuple[list[StoredInstance], Cursor | None]:
+    """Walk the series in order of their internal id, each by the unique index over series, instance and deletion."""
+    start_series, start_sop = after or (0, "")
+    chosen: list[StoredInstance] = []
+    for series_id, series_uid in _SERIES_OF_STUDY.all(connection, {"study": ref.study_uid}):
+        if series_id < start_series or (isinstance(ref, SeriesRef) and series_uid != ref.series_uid):
+            continue
+        rows = _PAGE_OF_SERIES.all(
+            connection,
+            {
+                "series_id": series_id,
+                "after": start_sop if series_id == start_series else "",
+                "limit": limit - len(chosen),
+            },
+        )
+        chosen += [_stored(InstanceRef(ref.study_uid, series_uid, Uid(row[1])), *row[2:], id_=row[0]) for row in rows]
+        if len(chosen) >= limit:
+            return chosen, (series_id, chosen[-1].ref.sop_instance_uid)
+    return chosen, None

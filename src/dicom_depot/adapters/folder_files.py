@@ -146,8 +146,9 @@ def sync_files(names: Sequence[str], directory_fd: int) -> None:
             for name in names[start : start + _SYNC_BATCH_FILES]:
                 file = os.open(name, flags, dir_fd=directory_fd)
                 files.append(file)
-                with suppress(OSError):  # advice only; on Linux it starts writing dirty pages, without waiting
-                    os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+                if len(names) > 1:
+                    with suppress(OSError):  # advice only; on Linux it starts writing dirty pages, without waiting
+                        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
             for file in files:
                 os.fsync(file)
         finally:

@@ -26,11 +26,14 @@ class Check(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Violation:
-    """An attribute that breaks a rule. `reason` holds no value. `is_fatal`: the instance must not be stored for it."""
+    """An attribute that breaks a rule. `reason` holds no value. `is_fatal`: the instance must not be stored for it.
+    `is_nested`: it stands in a sequence's item.
+    """
 
     tag: int
     reason: str
     is_fatal: bool = False
+    is_nested: bool = False
 
     def __str__(self) -> str:
         return f"({self.tag >> 16:04x},{self.tag & 0xFFFF:04x}) - {self.reason}"

@@ -17,7 +17,7 @@ import zlib
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
-from dicom_depot.codec.checks import Check, Violation, patient_id_violation, violations_of_indexed
+from dicom_depot.codec.checks import PATIENT_ID, Check, Violation, patient_id_violation, violations_of_indexed
 from dicom_depot.codec.layout import (
     PIXEL_PATHS,
     ByteRange,
@@ -113,7 +113,7 @@ def read_instance(source: bytes | BinaryIO, size: int, check: Check = Check.NOTH
         violations = violations_of_indexed(walk.captured, walk.encodings)
     if check is not Check.NOTHING:
         violations = [*violations, *patient_id_violation(walk.captured, header, is_strict=check is Check.INDEXED)]
-        for tag in {violation.tag for violation in violations} & _INDEXED.keys():
+        for tag in {violation.tag for violation in violations if not violation.is_nested} & _INDEXED.keys():
             header.attributes[_INDEXED[tag].column] = None
     return ReadInstance(header, walk.metadata(header), tuple(violations))
 
@@ -329,7 +329,8 @@ class _Walk(Window):
             if self._is_checking:
                 reason = violation(vr, value, level.encodings)
                 if reason is not None and tag not in _IDENTIFYING:
-                    self.violations.append(Violation(tag, reason))
+                    is_fatal = tag == PATIENT_ID and not depth
+                    self.violations.append(Violation(tag, reason, is_fatal, is_nested=depth > 0))
                     continue
             text = to_json(value, level.encodings, is_little or item_encoding is _IMPLICIT)
             self._put(tag, f'{{"vr":"{vr}","Value":{text}}}' if text else f'{{"vr":"{vr}"}}', members)

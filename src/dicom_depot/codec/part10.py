@@ -20,6 +20,7 @@ from typing import BinaryIO
 from pydicom.dataelem import RawDataElement
 from pydicom.filereader import data_element_generator
 
+from dicom_depot.codec.inflate import Inflater
 from dicom_depot.codec.values import decode_integer, decode_text, encodings_of
 from dicom_depot.codec.vr import LONG_VR_CODES, is_vr_code
 from dicom_depot.domain.errors import BrokenInstance, DepotError, InvalidIdentifier, NotDicom
@@ -218,14 +219,11 @@ def _inflated(stream: BinaryIO) -> BinaryIO:
     not to be deflated is returned as it is.
     """
     start = stream.tell()
-    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+    inflater = Inflater(stream.read)
     inflated = io.BytesIO()
     try:
-        while not inflater.eof and inflated.tell() < INFLATED_BYTES_MAX:
-            block = inflater.unconsumed_tail or stream.read(64 << 10)
-            if not block:
-                break
-            inflated.write(inflater.decompress(block, INFLATED_BYTES_MAX - inflated.tell()))
+        while inflated.tell() < INFLATED_BYTES_MAX and (block := inflater.next(INFLATED_BYTES_MAX - inflated.tell())):
+            inflated.write(block)
     except zlib.error:
         pass  # What came out before the damage may hold the header.
     if not inflated.tell():

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
-import zlib
 from typing import BinaryIO
+
+from dicom_depot.codec.inflate import Inflater
 
 INFLATED_BYTES_MAX = 256 << 20
 """How much of a deflated data set is looked at."""
@@ -80,25 +81,23 @@ class Window:
 
 
 class _Inflating:
-    """A deflated data set (PS3.5 section A.5), read forward: what lies before the place asked for is dropped."""
+    """A deflated data set, read forward: what lies before the place asked for is dropped."""
 
     def __init__(self, stream: BinaryIO, start: int) -> None:
         self.start = start
-        self._stream = stream
-        self._inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+        stream.seek(start)
+        self._inflater = Inflater(stream.read)
         self._held = b""
         self._held_at = 0
-        stream.seek(start)
 
     def read(self, position: int, length: int) -> bytes:
         """Up to `length` bytes at `position`, which must not lie before what was read last."""
         if position < self._held_at:
             raise StopWalk
-        while self._held_at + len(self._held) < position + length and not self._inflater.eof:
-            block = self._inflater.unconsumed_tail or self._stream.read(WINDOW_BYTES)
-            if not block:
+        while self._held_at + len(self._held) < position + length:
+            inflated = self._inflater.next(4 * WINDOW_BYTES)
+            if not inflated:
                 break
-            inflated = self._inflater.decompress(block, WINDOW_BYTES * 4)
             surplus = position - self._held_at
             if surplus >= len(self._held):
                 self._held_at += len(self._held)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from dicom_depot.codec import layout as layouts
+from dicom_depot.codec.inflate import Inflater
 from dicom_depot.codec.layout import PIXEL_PATHS, ByteRange, EncapsulatedFrames, Layout, NativeFrames, shifted
 from dicom_depot.codec.transcode import can_decode
 from dicom_depot.domain.errors import NotFound, NotTranscodable
@@ -189,14 +189,11 @@ def _explained(target: str) -> Iterator[None]:
 
 def _inflated_range(read: Callable[[int], bytes], wanted: ByteRange) -> bytes:
     """Bytes of a deflated data set; what lies before them is inflated and dropped."""
-    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+    inflater = Inflater(read)
     held, held_at = bytearray(), 0
     end = wanted.offset + wanted.length
-    while held_at + len(held) < end and not inflater.eof:
-        block = inflater.unconsumed_tail or read(_INFLATE_BLOCK_BYTES)
-        if not block:
-            break
-        held += inflater.decompress(block, _INFLATE_BLOCK_BYTES)
+    while held_at + len(held) < end and (block := inflater.next(_INFLATE_BLOCK_BYTES)):
+        held += block
         if held_at < wanted.offset:
             surplus = min(len(held), wanted.offset - held_at)
             del held[:surplus]

@@ -52,7 +52,8 @@ class GuardMiddleware:
         if refusal is not None:
             await refusal(scope, receive, send)
             return
-        await self._app(scope, _Watch(receive, self._settings.body_idle_seconds).receive, send)
+        watch = _Watch(receive, self._settings.body_idle_seconds)
+        await self._app(scope, watch.receive, _closing_early(scope, watch, send))
 
     def _refusal(self, scope: Scope) -> JSONResponse | None:
         size = sum(len(name) + len(value) + 4 for name, value in scope["headers"])
@@ -97,6 +98,24 @@ class GuardMiddleware:
         return origin.lower() in (own, self._public_origin) or origin in self._settings.cors_origins
 
 
+def _closing_early(scope: Scope, watch: _Watch, send: Send) -> Send:
+    """Say so when an answer comes before its request's body was read: the rest cannot be told from a next request, so
+    the server closes the connection, and a client that is not told would send its next request into the void.
+    """
+    headers = Headers(scope=scope)
+    if "transfer-encoding" not in headers and headers.get("content-length", "0").strip() == "0":
+        return send
+
+    async def send_closing(message: Message) -> None:
+        if message["type"] == "http.response.start" and not watch.is_complete:
+            present = {name.lower() for name, _ in message["headers"]}
+            if b"connection" not in present:
+                message["headers"] = [*message["headers"], (b"connection", b"close")]
+        await send(message)
+
+    return send_closing
+
+
 class _Watch:
     """Receives a body, and gives up on one that stops or trickles."""
 
@@ -105,10 +124,10 @@ class _Watch:
         self._idle_seconds = idle_seconds
         self._bytes = 0
         self._waited_seconds = 0.0
-        self._is_complete = False
+        self.is_complete = False
 
     async def receive(self) -> Message:
-        if self._is_complete:
+        if self.is_complete:
             return await self._receive()
         # Only waiting for the client counts, not what the service does with a body between its pieces.
         earned = self._idle_seconds + self._bytes / BODY_BYTES_PER_SECOND_MIN
@@ -117,13 +136,13 @@ class _Watch:
             async with asyncio.timeout(min(self._idle_seconds, earned - self._waited_seconds)):
                 message = await self._receive()
         except TimeoutError:
-            self._is_complete = True
+            self.is_complete = True
             raise RequestTimeout(
                 "The body stopped arriving, or arrives too slowly (DICOM_DEPOT_BODY_IDLE_SECONDS).", target="body"
             ) from None
         self._waited_seconds += time.monotonic() - began_at
         self._bytes += len(message.get("body", b""))
-        self._is_complete = message["type"] != "http.request" or not message.get("more_body", False)
+        self.is_complete = message["type"] != "http.request" or not message.get("more_body", False)
         return message
 
 
