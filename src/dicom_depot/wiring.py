@@ -29,7 +29,7 @@ from dicom_depot.adapters.roles_file import read_roles
 from dicom_depot.adapters.sealing import AesSecretBox, key_file, parse_keys
 from dicom_depot.adapters.switches_sql import SqlSwitches
 from dicom_depot.config import Settings
-from dicom_depot.domain.errors import ConfigurationError
+from dicom_depot.domain.errors import ConfigurationError, DepotError
 from dicom_depot.export.copier import CopyPool
 from dicom_depot.export.planner import Planner
 from dicom_depot.export.resume import ResumeService
@@ -54,6 +54,7 @@ from dicom_depot.workflows.engine import CHUNKS_OF_ONE_OPERATION, WINDOW, DbosEn
 _log = logging.getLogger(__name__)
 
 _UPKEEP_SECONDS = 600.0
+_BACK_FILL_PAUSE_SECONDS = 60.0
 
 
 @dataclass(slots=True)
@@ -86,15 +87,21 @@ class Service:
         self._lock.release()
 
     def fill_metadata(self) -> None:
-        """Read the files of instances that were stored without metadata."""
-        try:
-            count = self.retrieval.metadata.fill(self._closed)
-        except Exception:
-            if not self._closed.is_set():
-                _log.exception("the back-fill of metadata did not complete; the next start goes on with it")
-        else:
-            if count:
-                _log.info("metadata of %d instances was added", count)
+        """Read the files of instances that were stored without metadata; later again while the store is away."""
+        while True:
+            try:
+                count = self.retrieval.metadata.fill(self._closed)
+                if count:
+                    _log.info("metadata of %d instances was added", count)
+                return
+            except DepotError as error:
+                _log.warning("the back-fill of metadata waits: %s", error.message)
+            except Exception:
+                if self._closed.is_set():
+                    return
+                _log.exception("the back-fill of metadata did not complete; trying again later")
+            if self._closed.wait(_BACK_FILL_PAUSE_SECONDS):
+                return
 
     def keep_up(self) -> None:
         """Run the upkeep now and then, until closed."""

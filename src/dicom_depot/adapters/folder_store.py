@@ -278,10 +278,12 @@ class _FolderWriter:
             raise self._store._write_fault(error, self._key) from error  # noqa: SLF001
 
     def close(self) -> None:
+        self._part = -1  # nobody else's descriptor: a later write fails
         with self._store._write_faults(self._key):  # noqa: SLF001
             self._stack.close()
 
     def abandon(self) -> None:
+        self._part = -1
         with suppress(_AbandonedError, OSError), self._stack:
             raise _AbandonedError
 

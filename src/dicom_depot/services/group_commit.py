@@ -16,7 +16,7 @@ class _Request:
     def __init__(self, records: Sequence[InstanceRecord]) -> None:
         self.records = records
         self.outcomes: list[AddOutcome] | None = None
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
 
     @property
     def is_done(self) -> bool:
@@ -57,7 +57,7 @@ class GroupCommit:
         try:
             self._store.make_durable([record.store_key for record in records])
             outcomes = self._index.add(records)
-        except Exception as error:
+        except BaseException as error:
             for request in group:
                 request.error = error
             return

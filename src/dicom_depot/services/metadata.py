@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator, Sequence
 
 from dicom_depot.codec.dicom_json import bare_metadata, read_instance, unpack_json
-from dicom_depot.domain.errors import BrokenInstance, DepotError, NotDicom
+from dicom_depot.domain.errors import BrokenInstance, DepotError, FaultKind, NotDicom, SourceFault
 from dicom_depot.domain.instance import Metadata
 from dicom_depot.ports import BlobStore, InstanceCatalog, StoredInstance
 from dicom_depot.services.store_stream import open_stored
@@ -51,7 +51,8 @@ class MetadataReader:
     def fill(self, stop: threading.Event) -> int:
         """Read the files of instances that lack metadata, until none is left or `stop` is set; returns how many.
 
-        How far this has come is in the index: a process that dies is followed by one that goes on there.
+        How far this has come is in the index: a process that dies is followed by one that goes on there. An instance
+        whose file is missing or damaged is passed over. Raises SourceFault (TRANSIENT) while the store is away.
         """
         count = 0
         while not stop.is_set():
@@ -64,8 +65,10 @@ class MetadataReader:
                     return count
                 try:
                     found[instance.instance_id] = self._read(instance)
-                except DepotError as error:
-                    _log.warning("no metadata of instance %d: %s", instance.instance_id, error.message)
+                except SourceFault as fault:
+                    if fault.kind is FaultKind.TRANSIENT:
+                        raise
+                    _log.warning("no metadata of instance %d: %s", instance.instance_id, fault.message)
             self._catalog.add_metadata(found, done_up_to)
             count += len(found)
             if found:
