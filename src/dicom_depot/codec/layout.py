@@ -18,6 +18,10 @@ PIXEL_PATHS = ("7FE00010", "7FE00008", "7FE00009")
 """Pixel Data, Float Pixel Data, Double Float Pixel Data (PS3.3 section C.7.6.3)."""
 
 
+_COMPRESSED_FROM_BYTES = 512
+"""Compressing less saves no page of a database, and takes longer than everything else here."""
+
+
 class ByteRange(NamedTuple):
     """`length` bytes from `offset` on."""
 
@@ -97,11 +101,12 @@ def pack(layout: Layout) -> bytes:
         "deflated": layout.deflated_at,
         "complete": layout.is_complete,
     }
-    return zlib.compress(json.dumps(content, separators=(",", ":")).encode(), 1)
+    packed = json.dumps(content, separators=(",", ":")).encode()
+    return packed if len(packed) < _COMPRESSED_FROM_BYTES else zlib.compress(packed, 1)
 
 
 def unpack(packed: bytes) -> Layout:
-    content = json.loads(zlib.decompress(packed))
+    content = json.loads(packed if packed[:1] == b"{" else zlib.decompress(packed))
     frames: Frames | None = None
     match content["kind"], content["frames"]:
         case "N", [[offset, length], bits, count]:

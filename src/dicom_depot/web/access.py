@@ -10,11 +10,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.routing import iter_route_contexts
-from fastapi.security import HTTPBearer
 from starlette.concurrency import run_in_threadpool
 
 from dicom_depot.domain.access import ANONYMOUS, Action, Caller
@@ -23,8 +22,7 @@ from dicom_depot.web.context import context
 from dicom_depot.web.trail import trail_of
 
 _TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*")
-_document_bearer = HTTPBearer(scheme_name="bearer", bearerFormat="JWT", auto_error=False)
-"""Only for the OpenAPI document: it reads the header and refuses nothing."""
+_BEARER = {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +31,7 @@ class Requirement:
 
     action: Action
 
-    async def check(self, request: Request, _documented: Annotated[Any, Depends(_document_bearer)]) -> Caller:
+    async def check(self, request: Request) -> Caller:
         """The caller of a request. Raises Unauthenticated, Forbidden, ServiceUnavailable."""
         trail = trail_of(request.scope)
         trail.action = self.action
@@ -87,6 +85,18 @@ def rules(app: FastAPI) -> Iterator[Rule]:
         if len(actions) != 1:
             raise LookupError(f"{', '.join(methods)} {path} must have one rule: requires(Action...) or OPEN.")
         yield from (Rule(method, path, actions[0]) for method in methods)
+
+
+def document_sign_in(app: FastAPI, document: dict[str, Any]) -> None:
+    """Say in the OpenAPI document which routes want a bearer token. (FastAPI would by a dependency, which every request
+    would then pay for.)
+    """
+    document.setdefault("components", {})["securitySchemes"] = {"bearer": _BEARER}
+    for rule in rules(app):
+        path = re.sub(r":\w+}", "}", rule.path)
+        operation = document["paths"].get(path, {}).get(rule.method.lower())
+        if operation is not None and rule.action is not None:
+            operation["security"] = [{"bearer": []}]
 
 
 async def _caller_of(request: Request) -> Caller:

@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dicom_depot import __version__
 from dicom_depot.config import Settings
-from dicom_depot.web.access import OPEN, rules
+from dicom_depot.web.access import OPEN, document_sign_in, rules
 from dicom_depot.web.context import WebContext
 from dicom_depot.web.errors import COMMON_HEADERS, error_response, install_error_handlers
 from dicom_depot.web.guards import GuardMiddleware
@@ -92,8 +92,14 @@ def create_app(open_context: Opener, settings: Settings | None = None) -> FastAP
             CORSMiddleware,
             allow_origins=settings.cors_origins,
             allow_methods=_METHODS,
-            allow_headers=["Authorization", "Content-Type", "Idempotency-Key", "X-Request-Id"],
-            expose_headers=["Location", "Retry-After", "WWW-Authenticate", "X-Request-Id"],
+            allow_headers=[
+                *("Accept", "Authorization", "Content-Type", "Idempotency-Key", "If-None-Match", "If-Range", "Range"),
+                "X-Request-Id",
+            ],
+            expose_headers=[
+                *("Accept-Ranges", "Content-Range", "ETag", "Location", "Retry-After", "Warning", "WWW-Authenticate"),
+                "X-Request-Id",
+            ],
         )
     for _ in rules(app):
         pass
@@ -106,6 +112,11 @@ class _App(FastAPI):
     def __init__(self, settings: Settings, **arguments: Any) -> None:
         super().__init__(**arguments)
         self._settings = settings
+
+    def openapi(self) -> dict[str, Any]:
+        if self.openapi_schema is None:
+            document_sign_in(self, super().openapi())
+        return super().openapi()
 
     def build_middleware_stack(self) -> ASGIApp:
         stack: ASGIApp = TrailMiddleware(_Headers(super().build_middleware_stack()))

@@ -16,6 +16,7 @@ from dicom_depot.export.service import ExportService
 from dicom_depot.ports import AuditTrail, BlobStore, ChangeFeed, InstanceIndex, ManagedIdentity, TokenVerifier
 from dicom_depot.services.retrieve import RetrieveService
 from dicom_depot.services.store import StoreService
+from dicom_depot.web.waiting import AuditQueue
 
 _HOST = re.compile(r"(?P<name>[A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(?::(?P<port>\d{1,5}))?")
 _DEFAULT_PORTS = {"http": 80, "https": 443}
@@ -53,6 +54,7 @@ class WebContext:
     retrieval: RetrieveService
     changes: ChangeFeed
     turns: KeyTurns = field(default_factory=KeyTurns)
+    lines: AuditQueue = field(default_factory=AuditQueue)
 
 
 def context(request: Request) -> WebContext:
@@ -62,7 +64,7 @@ def context(request: Request) -> WebContext:
 
 def version_of(request: Request) -> WireVersion:
     """The API version in the path; a path without one speaks version 1."""
-    return 2 if request.url.path.lower().startswith("/v2/") else 1
+    return 2 if request.scope["path"][:4].lower() == "/v2/" else 1
 
 
 def base_url(request: Request) -> str:
@@ -74,7 +76,7 @@ def base_url(request: Request) -> str:
     public = context(request).settings.public_url
     if public is not None:
         return public
-    scheme = request.url.scheme
+    scheme = request.scope["scheme"]
     server_name, server_port = request.scope.get("server") or ("127.0.0.1", None)
     found = _HOST.fullmatch(request.headers.get("host", ""))
     name = found["name"] if found else f"[{server_name}]" if ":" in server_name else server_name

@@ -14,7 +14,8 @@ from dicom_depot.services.store import StoreOutcome, StoreRules, StoreService, S
 from dicom_depot.web.waiting import run_storing, store_place
 
 _DICOM = "application/dicom"
-_BLOCK_BYTES = 256 << 10
+_BLOCK_BYTES = 1 << 20
+"""What is gathered before it is worth a turn on a thread."""
 _ENCODINGS = frozenset({"binary", "8bit", "7bit"})
 
 

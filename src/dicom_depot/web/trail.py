@@ -6,6 +6,7 @@ what it did. A line names the route's template, never the path: paths can hold U
 
 from __future__ import annotations
 
+import functools
 import re
 import time
 import uuid
@@ -18,7 +19,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dicom_depot.domain.access import Action, Caller
 from dicom_depot.telemetry import REQUEST_ID
-from dicom_depot.web.waiting import run_audit
 
 _KEY = "dicom_depot.trail"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
@@ -88,7 +88,7 @@ async def _record(scope: Scope, trail: RequestTrail, status: int, seconds: float
         "duration_ms": round(seconds * 1000),
         "outcome": "allowed" if status < 400 else "refused" if status in _REFUSALS else "failed",
     }
-    await run_audit(context.audit.record, "request", **(trail.details | frame))
+    await context.lines.put(functools.partial(context.audit.record, "request", **(trail.details | frame)))
 
 
 def _template(path: str, template: str) -> str:

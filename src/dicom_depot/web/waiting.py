@@ -7,7 +7,11 @@ would stand still with them.
 
 from __future__ import annotations
 
+import asyncio
+import contextvars
 import functools
+import queue
+import threading
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
@@ -21,12 +25,12 @@ STORING_MAX = 16
 STORES_MAX = 64
 """Requests to store that are read at the same time; each holds up to 2 MiB. Further ones wait unread."""
 _limiter = CapacityLimiter(WAITING_MAX)
-_audit_limiter = CapacityLimiter(1)
+_AUDIT_LINES_MAX = 10_000
 _store_limiter = CapacityLimiter(STORING_MAX)
-_store_places = CapacityLimiter(STORES_MAX)
+_store_places = asyncio.Semaphore(STORES_MAX)
 
 
-def store_place() -> CapacityLimiter:
+def store_place() -> asyncio.Semaphore:
     """To be held, by `async with`, while a request to store is read."""
     return _store_places
 
@@ -36,9 +40,33 @@ async def run_waiting(function: Callable[_P, _T], *arguments: _P.args, **named: 
     return await to_thread.run_sync(functools.partial(function, *arguments, **named), limiter=_limiter)
 
 
-async def run_audit(function: Callable[_P, _T], *arguments: _P.args, **named: _P.kwargs) -> _T:
-    """Write audit lines in a thread, one after the other: they keep their order, and no request waits on the disk."""
-    return await to_thread.run_sync(functools.partial(function, *arguments, **named), limiter=_audit_limiter)
+class AuditQueue:
+    """Writes audit lines on a thread of its own, one after the other: they keep their order, and no request waits on
+    the disk, unless very many lines do.
+    """
+
+    def __init__(self) -> None:
+        self._lines: queue.Queue[tuple[contextvars.Context, Callable[[], None]] | None] = queue.Queue(_AUDIT_LINES_MAX)
+        self._thread = threading.Thread(target=self._write, name="audit", daemon=True)
+        self._thread.start()
+
+    async def put(self, write: Callable[[], None]) -> None:
+        """Have `write` called, in the present context."""
+        line = (contextvars.copy_context(), write)
+        try:
+            self._lines.put_nowait(line)
+        except queue.Full:
+            await to_thread.run_sync(self._lines.put, line)
+
+    def close(self) -> None:
+        """Return when all lines are written."""
+        self._lines.put(None)
+        self._thread.join()
+
+    def _write(self) -> None:
+        while (line := self._lines.get()) is not None:
+            context, write = line
+            context.run(write)
 
 
 async def run_storing(function: Callable[_P, _T], *arguments: _P.args, **named: _P.kwargs) -> _T:
