@@ -80,6 +80,7 @@ class Service:
 
     def close(self) -> None:
         self._closed.set()
+        self.stores.commits.close()
         self.retrieval.transcoding.close()
         self._engine.close()
         self.database.close()

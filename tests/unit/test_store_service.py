@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import threading
@@ -282,6 +283,20 @@ class GatedStore(MemoryBlobStore):
         super().make_durable(keys)
 
 
+class Rows:
+    """A request that is nothing but its records."""
+
+    def __init__(self, records: Sequence[InstanceRecord]) -> None:
+        self.records = records
+        self.failures: list[BaseException] = []
+
+    def settled(self, outcomes: Sequence[AddOutcome]) -> list[AddOutcome]:
+        return list(outcomes)
+
+    def failed(self, error: BaseException) -> None:
+        self.failures.append(error)
+
+
 class Group:
     """Requests that meet at one commit: the first is held there until all others wait behind it."""
 
@@ -289,6 +304,7 @@ class Group:
         self.store, self.index = store, MemoryIndex()
         self.commits = GroupCommit(store, self.index)
         self.results: dict[int, list[AddOutcome] | Exception] = {}
+        self.failures: list[BaseException] = []
 
     def run(self, requests: Sequence[Sequence[InstanceRecord]]) -> None:
         threads = [threading.Thread(target=self._add, args=each) for each in enumerate(requests)]
@@ -297,16 +313,23 @@ class Group:
         for count, thread in enumerate(threads[1:], 1):
             thread.start()
             deadline = time.monotonic() + 20
-            while len(self.commits._waiting) < count and time.monotonic() < deadline:
+            while self.commits._waiting.qsize() < count and time.monotonic() < deadline:
                 time.sleep(0.001)
         self.store.gate.set()
         for thread in threads:
             thread.join(20)
         assert len(self.results) == len(requests)
 
+    def add(self, records: Sequence[InstanceRecord]) -> list[AddOutcome]:
+        rows = Rows(records)
+        try:
+            return self.commits.submit(lambda: rows).result(20)
+        finally:
+            self.failures += rows.failures
+
     def _add(self, number: int, records: Sequence[InstanceRecord]) -> None:
         try:
-            self.results[number] = self.commits.add(records)
+            self.results[number] = self.add(records)
         except DepotError as error:
             self.results[number] = error
 
@@ -349,9 +372,10 @@ def test_a_commit_that_fails_fails_for_its_whole_group_and_for_nobody_else(error
     group.run([[each] for each in records])
     assert group.results[0] == [AddOutcome.STORED]
     assert all(isinstance(group.results[number], type(error())) for number in range(1, 12))
+    assert len(group.failures) == 11, "each request is told that it failed"
     assert [entry.store_key for entry in group.index.scan(0, 100)] == [records[0].store_key]
     store.bad = set()
-    assert group.commits.add(records[1:]) == [AddOutcome.STORED] * 11
+    assert group.add(records[1:]) == [AddOutcome.STORED] * 11
 
 
 def test_a_group_has_a_bound_and_a_request_is_never_split(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -361,7 +385,7 @@ def test_a_group_has_a_bound_and_a_request_is_never_split(monkeypatch: pytest.Mo
     requests = [records[:1], records[1:3], records[3:5], records[5:14], records[14:15], records[15:20]]
     group = Group(store)
     group.run(requests)
-    assert [len(keys) for keys in store.commits] == [1, 4, 9, 1, 5]
+    assert [len(keys) for keys in store.commits] == [1, 4, 9, 6]
     assert [len(result) for result in _outcomes(group, len(requests))] == [1, 2, 2, 9, 1, 5]
 
 
@@ -407,3 +431,53 @@ def test_many_threads_store_and_each_learns_the_truth_about_its_own(is_failing: 
     assert set(index.find([sample.ref for sample in samples])) == {sample.ref for sample in succeeded}
     assert sorted(store.objects.values()) == sorted(sample.content for sample in succeeded)
     assert set(store.objects) <= store.durable
+
+
+def test_a_request_that_cannot_be_prepared_fails_alone() -> None:
+    store = GatedStore()
+    store.gate.set()
+    group = Group(store)
+    records = records_of(store, 2)
+
+    def fail() -> Rows:
+        raise full()
+
+    first = group.commits.submit(lambda: Rows(records[:1]))
+    failing = group.commits.submit(fail)
+    last = group.commits.submit(lambda: Rows(records[1:]))
+    assert first.result(20) == [AddOutcome.STORED] == last.result(20)
+    with pytest.raises(StorageFull):
+        failing.result(20)
+
+
+def test_a_request_that_is_cancelled_before_its_turn_is_not_begun() -> None:
+    store = GatedStore()
+    group = Group(store)
+    records = records_of(store, 2)
+    running = group.commits.submit(lambda: Rows(records[:1]))
+    assert store.is_committing.wait(20)
+    begun: list[bool] = []
+
+    def prepare() -> Rows:
+        begun.append(True)
+        return Rows(records[1:])
+
+    waiting = group.commits.submit(prepare)
+    assert waiting.cancel()
+    assert not running.cancel(), "what is being committed cannot be called back"
+    store.gate.set()
+    assert running.result(20) == [AddOutcome.STORED]
+    group.commits.close()
+    assert not begun
+
+
+def test_after_the_end_everything_submitted_is_done_and_nothing_new_begins() -> None:
+    store = GatedStore()
+    store.gate.set()
+    group = Group(store)
+    rows = [Rows([record]) for record in records_of(store, 20)]
+    futures = [group.commits.submit(functools.partial(lambda each: each, each)) for each in rows]
+    group.commits.close()
+    assert [future.result(0) for future in futures] == [[AddOutcome.STORED]] * 20
+    with pytest.raises(ServiceUnavailable):
+        group.commits.submit(lambda: Rows([]))

@@ -195,17 +195,18 @@ class StoreSession:
     def commit(self) -> list[StoreOutcome]:
         """Make what was written durable; one outcome for each instance, in order.
 
-        Raises StorageFull (nothing remains), SourceFault, ServiceUnavailable (then some may have been stored).
+        Raises StorageFull (nothing is stored), SourceFault, ServiceUnavailable (then some may have been stored); the
+        session must then be abandoned.
         """
-        if not self._written:
-            return self._outcomes
+        return self._service.commits.submit(lambda: self).result()
+
+    @property
+    def records(self) -> list[InstanceRecord]:
+        """What was written, for `GroupCommit`, as are the next two."""
+        return [each.record for each in self._written]
+
+    def settled(self, outcomes: Sequence[AddOutcome]) -> list[StoreOutcome]:
         written, self._written = self._written, []
-        try:
-            outcomes = self._service.commits.add([each.record for each in written])
-        except StorageFull:
-            self._written = written
-            self.abandon()
-            raise
         for each, added in zip(written, outcomes, strict=True):
             if added is AddOutcome.CONFLICTING or (added is AddOutcome.ALREADY_THERE and not self._rules.may_replace):
                 each.outcome.failure = FailureReason.ALREADY_EXISTS
@@ -214,6 +215,11 @@ class StoreSession:
             if added not in (AddOutcome.STORED, AddOutcome.REPLACED):
                 self._delete(each.record.store_key)
         return self._outcomes
+
+    def failed(self, error: BaseException) -> None:
+        if not isinstance(error, StorageFull):
+            # Whether the rows are there is not known. An object without a row is harmless, a row without one is not.
+            self._written = []
 
     def abandon(self) -> None:
         """Leave nothing behind. Never raises."""

@@ -11,7 +11,7 @@ from dicom_depot.codec.media_types import parse_media_type
 from dicom_depot.codec.multipart import MultipartReader, PartBegin, PartData, PartEnd, boundary_of
 from dicom_depot.domain.errors import InvalidRequest, UnsupportedMediaType
 from dicom_depot.services.store import StoreOutcome, StoreRules, StoreService, StoreSession
-from dicom_depot.web.waiting import run_storing, store_place
+from dicom_depot.web.waiting import run_storing, store_place, uncancelled
 
 _DICOM = "application/dicom"
 _BLOCK_BYTES = 1 << 20
@@ -50,13 +50,13 @@ class _Taker:
                     self._session.end_instance()
         return self._session
 
-    def finish(self, block: bytes) -> list[StoreOutcome]:
+    def finish(self, block: bytes) -> StoreSession:
         session = self.take(block)
         if self._reader is None:
             session.end_instance()
         else:
             self._reader.close()
-        return session.commit()
+        return session
 
     def abandon(self) -> None:
         if self._session is not None:
@@ -73,29 +73,32 @@ async def read_instances(request: Request, stores: StoreService, rules: StoreRul
     async with store_place():
         taker = _Taker(stores, rules, reader)
         try:
-            return await _read(request, taker)
+            return await _read(request, stores, taker)
         except BaseException:
             with CancelScope(shield=True):
                 await run_storing(taker.abandon)
             raise
 
 
-async def _read(request: Request, taker: _Taker) -> list[StoreOutcome]:
+async def _read(request: Request, stores: StoreService, taker: _Taker) -> list[StoreOutcome]:
     held: list[bytes] = []
     size = 0
+    is_large = False
     try:
         async for block in request.stream():
             held.append(block)
             size += len(block)
             if size >= _BLOCK_BYTES:
+                is_large = True
                 await run_storing(taker.take, b"".join(held))
                 held, size = [], 0
     except ClientDisconnect:
         raise InvalidRequest("The client went away before the body was complete.", target="body") from None
-    outcomes: list[StoreOutcome] = []
-    with CancelScope(shield=True):  # what is committed is committed, whether or not the client still listens
-        outcomes = await run_storing(taker.finish, b"".join(held))
-    return outcomes  # noqa: RET504  (a cancel scope may swallow what its block returns, says its type)
+    rest = b"".join(held)
+    if not is_large:  # the thread that commits does all of it
+        return await uncancelled(stores.commits.submit(lambda: taker.finish(rest)))
+    session = await run_storing(taker.finish, rest)
+    return await uncancelled(stores.commits.submit(lambda: session))
 
 
 def _reader_for(request: Request) -> MultipartReader | None:

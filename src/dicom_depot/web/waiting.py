@@ -13,6 +13,7 @@ import functools
 import queue
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import ParamSpec, TypeVar
 
 from anyio import CapacityLimiter, to_thread
@@ -72,3 +73,22 @@ class AuditQueue:
 async def run_storing(function: Callable[_P, _T], *arguments: _P.args, **named: _P.kwargs) -> _T:
     """Run in a thread what reads, writes and commits instances."""
     return await to_thread.run_sync(functools.partial(function, *arguments, **named), limiter=_store_limiter)
+
+
+async def uncancelled(future: Future[_T]) -> _T:
+    """The result of work on another thread, once it has come to an end: also when this task is cancelled meanwhile, so
+    that nobody cleans up behind work that still runs. What has not begun is cancelled with the task.
+    """
+    waiting = asyncio.wrap_future(future)
+    is_cancelled = False
+    while True:
+        try:
+            result = await asyncio.shield(waiting)
+            break
+        except asyncio.CancelledError:
+            if waiting.cancelled() or future.cancel():
+                raise
+            is_cancelled = True
+    if is_cancelled:
+        raise asyncio.CancelledError
+    return result
