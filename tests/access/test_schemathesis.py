@@ -30,6 +30,12 @@ EXAMPLES = 50
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 
 
+@schemathesis.serializer("application/dicom", "multipart/related")
+def instances(context: Any, value: Any) -> bytes:
+    """Whatever was made up for the body of a store request, as bytes."""
+    return value if isinstance(value, bytes) else str(value).encode("utf-8", "replace")
+
+
 @pytest.fixture(scope="module")
 def deadline() -> float:
     return time.monotonic() + SECONDS

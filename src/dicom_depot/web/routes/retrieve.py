@@ -45,18 +45,16 @@ _ERRORS: _Responses = {
     **{status: {"model": ErrorBody} for status in (400, 404, 406, 503)},
     "default": {"model": ErrorBody, "description": "Any other error."},
 }
-_MANY: _Responses = {
-    200: {"description": "The instances.", "content": {f'multipart/related; type="{_DICOM}"': _BINARY}}
-}
+_MANY: _Responses = {200: {"description": "The instances.", "content": {"multipart/related": _BINARY}}}
 _ONE: _Responses = {
-    200: {"description": "The instance.", "content": {_DICOM: _BINARY, f'multipart/related; type="{_DICOM}"': _BINARY}},
+    200: {"description": "The instance.", "content": {_DICOM: _BINARY, "multipart/related": _BINARY}},
     206: {"description": "A range of its bytes.", "content": {_DICOM: _BINARY}},
     416: {"model": ErrorBody},
 }
 _FRAMES: _Responses = {
     200: {
         "description": "The frames, or the value.",
-        "content": {_OCTETS: _BINARY, f'multipart/related; type="{_OCTETS}"': _BINARY},
+        "content": {_OCTETS: _BINARY, "multipart/related": _BINARY},
     }
 }
 _METADATA: _Responses = {

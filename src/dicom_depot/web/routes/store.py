@@ -37,7 +37,7 @@ _BODY: dict[str, Any] = {
     "requestBody": {
         "required": True,
         "content": {
-            'multipart/related; type="application/dicom"': {"schema": {"type": "string", "format": "binary"}},
+            "multipart/related": {"schema": {"type": "string", "format": "binary"}},
             "application/dicom": {"schema": {"type": "string", "format": "binary"}},
         },
     }
