@@ -222,7 +222,6 @@ def _assert_all_described(archive: Archive, reader: MetadataReader) -> None:
         ]
 
 
-@pytest.mark.xfail(strict=True, reason=_PASSED_OVER)
 def test_a_store_that_is_away_meanwhile_loses_nothing_of_the_back_fill(small: Archive) -> None:
     folder = small.settings.store_path
     with _opened_reader(small) as reader:
