@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 import math
-import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +18,7 @@ from dicom_depot.codec.dicom_json import read_instance, unpack_json
 from dicom_depot.codec.layout import EncapsulatedFrames, Layout, NativeFrames, unpack
 from dicom_depot.codec.part10 import read_header
 from dicom_depot.domain.errors import BrokenInstance, NotDicom
+from tests.support.quiet_pydicom import quiet_pydicom
 
 BULK = frozenset({"OB", "OD", "OF", "OL", "OV", "OW", "UN"})
 URL = "http://depot.test/instance"
@@ -49,14 +47,6 @@ DECODED_BETTER = {"unknown_charset.dcm"}
 def all_files(corpus: Path) -> list[Path]:
     shipped = (Path(pydicom.__file__).parent / "data").rglob("*.dcm")
     return sorted(path for path in corpus.rglob("*") if path.is_file() and path.name != "index.csv") + sorted(shipped)
-
-
-@contextmanager
-def quiet_pydicom() -> Iterator[None]:
-    logging.getLogger("pydicom").setLevel(logging.CRITICAL)
-    with warnings.catch_warnings(), pydicom.config.disable_value_validation():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def readable(corpus: Path) -> Iterator[tuple[Path, bytes]]:

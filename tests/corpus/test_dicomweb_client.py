@@ -4,35 +4,24 @@ from __future__ import annotations
 
 import csv
 import io
-import logging
 import re
 import sys
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pydicom
 import pytest
 from dicomweb_client.api import DICOMwebClient
 from pydicom import Dataset, dcmread
 from pydicom.encaps import generate_frames
 from requests import HTTPError
 
+from tests.support.quiet_pydicom import quiet_pydicom
 from tests.support.service import RunningService, running_service
 
 DEFLATED, BIG_ENDIAN = "1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.2"
 Uids = tuple[str, str, str]
 UID = re.compile(r"[0-9.]{0,63}[0-9]")
-
-
-@contextmanager
-def quiet_pydicom() -> Iterator[None]:
-    logging.getLogger("pydicom").setLevel(logging.CRITICAL)
-    with warnings.catch_warnings(), pydicom.config.disable_value_validation():
-        warnings.simplefilter("ignore")
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -117,14 +117,8 @@ class FolderBlobStore:
             raise self._read_fault(error, key) from error
 
     def stream(self, key: str, block_bytes: int) -> Iterator[bytes]:
-        path = self._prefix + key
-        flags = os.O_RDONLY | os.O_CLOEXEC
         try:
-            try:
-                file = os.open(path, flags)
-            except FileNotFoundError:
-                self._require_marker()
-                file = os.open(path, flags)
+            file = self._open_object(key)
         except OSError as error:
             raise self._read_fault(error, key) from error
         try:
@@ -140,14 +134,8 @@ class FolderBlobStore:
             os.close(file)
 
     def read_range(self, key: str, offset: int, length: int) -> bytes:
-        path = self._prefix + key
-        flags = os.O_RDONLY | os.O_CLOEXEC
         try:
-            try:
-                file = os.open(path, flags)
-            except FileNotFoundError:
-                self._require_marker()
-                file = os.open(path, flags)
+            file = self._open_object(key)
             try:
                 blocks: list[bytes] = []
                 while length and (block := os.pread(file, length, offset)):
@@ -158,6 +146,15 @@ class FolderBlobStore:
                 os.close(file)
         except OSError as error:
             raise self._read_fault(error, key) from error
+
+    def _open_object(self, key: str) -> int:
+        """A second time where it is missing and the store is there: that may have come back only since the first."""
+        path, flags = self._prefix + key, os.O_RDONLY | os.O_CLOEXEC
+        try:
+            return os.open(path, flags)
+        except FileNotFoundError:
+            self._require_marker()
+            return os.open(path, flags)
 
     def delete(self, key: str) -> None:
         try:
