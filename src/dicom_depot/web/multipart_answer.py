@@ -9,6 +9,7 @@ from starlette.responses import Response, StreamingResponse
 
 from dicom_depot.codec.multipart import closing, new_boundary, part_head
 from dicom_depot.services.retrieve import Part
+from dicom_depot.web.waiting import iterate_retrieving
 
 _SMALL_BYTES = 1 << 20
 
@@ -26,7 +27,7 @@ def multipart_answer(media_type: str, parts: Iterable[Part]) -> Response:
     begun = list(itertools.islice(blocks, 2))
     content_type = f'multipart/related; type="{media_type}"; boundary={boundary}'
     return StreamingResponse(
-        itertools.chain(begun, blocks), 200, media_type=None, headers={"Content-Type": content_type}
+        iterate_retrieving(itertools.chain(begun, blocks)), 200, media_type=None, headers={"Content-Type": content_type}
     )
 
 
@@ -40,7 +41,7 @@ def single_answer(
         all_headers["Content-Length"] = str(part.size)
         if part.size <= _SMALL_BYTES:
             return Response(b"".join(itertools.chain(begun, part.blocks)), status, all_headers)
-    return StreamingResponse(itertools.chain(begun, part.blocks), status, all_headers)
+    return StreamingResponse(iterate_retrieving(itertools.chain(begun, part.blocks)), status, all_headers)
 
 
 def _content_type(media_type: str, part: Part) -> str:

@@ -1,5 +1,5 @@
 """Threads of their own for what waits for others: destinations, the cloud's identity service, the audit trail's disk,
-the store's disk.
+the store's disk, the processes that transcode.
 
 The threads that all other requests share are few. If slow destinations could take them all, status, health and sign-in
 would stand still with them.
@@ -12,7 +12,7 @@ import contextvars
 import functools
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
 from typing import ParamSpec, TypeVar
 
@@ -23,11 +23,13 @@ _T = TypeVar("_T")
 
 WAITING_MAX = 16
 STORING_MAX = 16
+RETRIEVING_MAX = 32
 STORES_MAX = 64
 """Requests to store that are read at the same time; each holds up to 2 MiB. Further ones wait unread."""
 _limiter = CapacityLimiter(WAITING_MAX)
 _AUDIT_LINES_MAX = 10_000
 _store_limiter = CapacityLimiter(STORING_MAX)
+_retrieve_limiter = CapacityLimiter(RETRIEVING_MAX)
 _store_places = asyncio.Semaphore(STORES_MAX)
 
 
@@ -73,6 +75,17 @@ class AuditQueue:
 async def run_storing(function: Callable[_P, _T], *arguments: _P.args, **named: _P.kwargs) -> _T:
     """Run in a thread what reads, writes and commits instances."""
     return await to_thread.run_sync(functools.partial(function, *arguments, **named), limiter=_store_limiter)
+
+
+async def run_retrieving(function: Callable[_P, _T], *arguments: _P.args, **named: _P.kwargs) -> _T:
+    """Run in a thread what reads the store, or waits for a transcoding process."""
+    return await to_thread.run_sync(functools.partial(function, *arguments, **named), limiter=_retrieve_limiter)
+
+
+async def iterate_retrieving(blocks: Iterator[bytes]) -> AsyncIterator[bytes]:
+    """The blocks of an answer, each made as by `run_retrieving`."""
+    while (block := await run_retrieving(next, blocks, None)) is not None:
+        yield block
 
 
 async def uncancelled(future: Future[_T]) -> _T:

@@ -7,7 +7,6 @@ import re
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
-from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response, StreamingResponse
 
 from dicom_depot.codec.layout import ByteRange
@@ -34,6 +33,7 @@ from dicom_depot.web.errors import error_response
 from dicom_depot.web.models import ErrorBody
 from dicom_depot.web.multipart_answer import multipart_answer, single_answer
 from dicom_depot.web.paths import frame_numbers, instance_ref, series_ref, study_ref
+from dicom_depot.web.waiting import iterate_retrieving, run_retrieving
 
 router = APIRouter(tags=["retrieve"])
 
@@ -72,13 +72,13 @@ ReadCaller = Annotated[Caller, requires(Action.READ)]
 @router.get("/studies/{study}", response_class=Response, responses={**_MANY, **_ERRORS})
 async def retrieve_study(request: Request, study: str, caller: ReadCaller) -> Response:
     """All instances of a study."""
-    return await run_in_threadpool(_instances, request, study_ref(study))
+    return await run_retrieving(_instances, request, study_ref(study))
 
 
 @router.get("/studies/{study}/series/{series}", response_class=Response, responses={**_MANY, **_ERRORS})
 async def retrieve_series(request: Request, study: str, series: str, caller: ReadCaller) -> Response:
     """All instances of a series."""
-    return await run_in_threadpool(_instances, request, series_ref(study, series))
+    return await run_retrieving(_instances, request, series_ref(study, series))
 
 
 @router.get(
@@ -86,19 +86,19 @@ async def retrieve_series(request: Request, study: str, series: str, caller: Rea
 )
 async def retrieve_instance(request: Request, study: str, series: str, instance: str, caller: ReadCaller) -> Response:
     """One instance; as it is stored also in ranges of bytes."""
-    return await run_in_threadpool(_instance, request, instance_ref(study, series, instance))
+    return await run_retrieving(_instance, request, instance_ref(study, series, instance))
 
 
 @router.get("/studies/{study}/metadata", response_class=Response, responses={**_METADATA, **_ERRORS})
 async def retrieve_study_metadata(request: Request, study: str, caller: ReadCaller) -> Response:
     """The attributes of all instances of a study, without bulk data."""
-    return await run_in_threadpool(_metadata, request, study_ref(study))
+    return await run_retrieving(_metadata, request, study_ref(study))
 
 
 @router.get("/studies/{study}/series/{series}/metadata", response_class=Response, responses={**_METADATA, **_ERRORS})
 async def retrieve_series_metadata(request: Request, study: str, series: str, caller: ReadCaller) -> Response:
     """The attributes of all instances of a series, without bulk data."""
-    return await run_in_threadpool(_metadata, request, series_ref(study, series))
+    return await run_retrieving(_metadata, request, series_ref(study, series))
 
 
 @router.get(
@@ -110,7 +110,7 @@ async def retrieve_instance_metadata(
     request: Request, study: str, series: str, instance: str, caller: ReadCaller
 ) -> Response:
     """The attributes of one instance, without bulk data."""
-    return await run_in_threadpool(_metadata, request, instance_ref(study, series, instance))
+    return await run_retrieving(_metadata, request, instance_ref(study, series, instance))
 
 
 @router.get(
@@ -126,7 +126,7 @@ async def retrieve_frames(
     choice = choose_frames(request.headers.getlist("accept"), OFFERED)
     if not choice.is_multipart and len(numbers) > 1:
         raise InvalidRequest("A single part holds one frame; accept multipart/related for more.", target="frames")
-    return await run_in_threadpool(_frames, request, ref, numbers, choice)
+    return await run_retrieving(_frames, request, ref, numbers, choice)
 
 
 @router.get(
@@ -140,7 +140,7 @@ async def retrieve_bulk_data(
     """A value that metadata gives a BulkDataURI for."""
     ref = instance_ref(study, series, instance)
     choice = choose_frames(request.headers.getlist("accept"), OFFERED)
-    return await run_in_threadpool(_bulk_data, request, ref, path.upper(), choice)
+    return await run_retrieving(_bulk_data, request, ref, path.upper(), choice)
 
 
 def _instances(request: Request, ref: Ref) -> Response:
@@ -194,7 +194,9 @@ def _metadata(request: Request, ref: Ref) -> Response:
     url = InstanceUrl(f"{base_url(request)}/v{version_of(request)}/studies")
     blocks = retrieval.metadata.json_array(retrieval.instances(ref), url)
     begun = list(itertools.islice(blocks, 1))
-    return StreamingResponse(itertools.chain(begun, blocks), headers={"Content-Type": DICOM_JSON, "ETag": etag})
+    return StreamingResponse(
+        iterate_retrieving(itertools.chain(begun, blocks)), headers={"Content-Type": DICOM_JSON, "ETag": etag}
+    )
 
 
 def _frames(request: Request, ref: InstanceRef, numbers: list[int], choice: RetrieveChoice) -> Response:
