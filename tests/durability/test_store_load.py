@@ -103,7 +103,9 @@ def _parts(samples: Iterator[Sample]) -> Iterator[bytes]:
         pytest.param(1, 3 << 30, id="3 GiB in 1", marks=pytest.mark.long),
     ],
 )
-def test_however_large_a_request_is_it_takes_little_memory(folder: Path, count: int, size: int) -> None:
+def test_however_large_a_request_is_it_takes_little_memory(
+    folder: Path, count: int, size: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     with running_service(folder / "data") as service:
         [warm] = many_small(1, 1000, seed=99)
         assert httpx.post(f"{service.url}/v2/studies", content=_parts(iter([warm])), headers=_PARTS).status_code == 200
@@ -115,7 +117,8 @@ def test_however_large_a_request_is_it_takes_little_memory(folder: Path, count: 
         answer = httpx.post(f"{service.url}/v2/studies", content=body, headers=_PARTS, timeout=600)
         seconds = time.monotonic() - started
         growth = (_kibibytes(worker, "VmHWM") - before) // 1024
-        print(f"{count * size >> 20} MiB in {count}: {seconds:.1f} s, from {before // 1024} MiB, {growth} MiB more")
+        with capsys.disabled():
+            print(f"\n{count * size >> 20} MiB in {count}: {seconds:.1f} s, {before // 1024} MiB, {growth} MiB more")
         assert answer.status_code == 200, answer.text[:500]
         assert growth < 256
         assert _count(service, "instances") == _count(service, "changes") == count + 1
@@ -203,7 +206,7 @@ def _any_ended(futures: Sequence[Future[Any]]) -> bool:
 
 @pytest.mark.long
 def test_a_minute_of_storing_retrieving_and_exporting_at_once_goes_without_an_error(
-    folder: Path, azurite: Azurite
+    folder: Path, azurite: Azurite, capsys: pytest.CaptureFixture[str]
 ) -> None:
     archive = import_in_process(folder, many_small(2000, _SMALL_BYTES, instances_per_series=25, series_per_study=2))
     container = azurite.create_container()
@@ -223,7 +226,8 @@ def test_a_minute_of_storing_retrieving_and_exporting_at_once_goes_without_an_er
             acknowledged = [ref for each in storing for ref in each.result()]
             retrieved = sum(each.result() for each in retrieving)
             state: dict[str, Any] = service.wait(operation_id)
-        print(f"{len(acknowledged)} stored, {retrieved} retrievals, MiB in memory: {memory}")
+        with capsys.disabled():
+            print(f"\n{len(acknowledged)} stored, {retrieved} retrievals, MiB in memory: {memory}")
         assert len(set(acknowledged)) == len(acknowledged) > 100
         assert retrieved > 40
         assert max(memory.samples) < 600 * _MIB
