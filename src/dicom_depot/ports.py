@@ -4,6 +4,7 @@ the adapters that keep them stay silent. `testing.contracts` checks every promis
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -23,6 +24,8 @@ from dicom_depot.domain.identifiers import InstanceRef, Ref
 from dicom_depot.domain.identity import AccessToken, IdentityDescription
 from dicom_depot.domain.instance import InstanceRecord, Metadata, StoredObject
 from dicom_depot.domain.operation import Operation, OperationError, OperationId, OperationStatus
+from dicom_depot.domain.query_tags import QueryTag
+from dicom_depot.domain.search import Found, Level, SearchQuery, StudyCounts
 
 
 class StoreEntry(NamedTuple):
@@ -254,6 +257,10 @@ class InstanceCatalog(Protocol):
         """What the index holds; instances whose files were not read for it yet are left out."""
         ...
 
+    def by_ids(self, instance_ids: Sequence[int]) -> list[StoredInstance]:
+        """Those of these instances that are live."""
+        ...
+
     def without_metadata(self, limit: int) -> tuple[list[StoredInstance], int | None]:
         """Of the next `limit` live instances that the back-fill has not come to, those that lack metadata; and the
         internal id that it has come to with them, None where there are no more.
@@ -262,6 +269,47 @@ class InstanceCatalog(Protocol):
 
     def add_metadata(self, found: Mapping[int, Metadata], done_up_to: int) -> None:
         """Keep these, and that the back-fill has come to the internal id `done_up_to`. Idempotent."""
+        ...
+
+
+class SearchPage(NamedTuple):
+    """A page of what a search finds. `remaining`: how many follow; None where they are too many to be counted."""
+
+    found: list[Found]
+    remaining: int | None
+
+
+class SearchIndex(Protocol):
+    """What is stored now, for searching. Only what has live instances is found."""
+
+    def page(self, query: SearchQuery, limit: int, offset: int, newest: int | None = None) -> SearchPage:
+        """At most `limit` of what meets the query, newest first, without the first `offset`.
+
+        newest: what `newest` answered when the first page was read; what came later is then left out, so that pages do
+        not move while instances are stored.
+        """
+        ...
+
+    def newest(self, level: Level) -> int:
+        """A number that rises with every new study, series or instance."""
+        ...
+
+    def study_counts(self, study_ids: Sequence[int]) -> dict[int, StudyCounts]:
+        """What lives below studies, given as `Found.study_id`."""
+        ...
+
+    def snapshot(self, query: SearchQuery) -> tuple[int, array[int]]:
+        """The highest number taken, and the internal ids, rising, of the series that meet the query's conditions on
+        studies and series at that moment.
+        """
+        ...
+
+
+class QueryTags(Protocol):
+    """The extended query tags."""
+
+    def all(self) -> list[QueryTag]:
+        """In the order in which they were added."""
         ...
 
 

@@ -25,8 +25,10 @@ from dicom_depot.adapters.index_sql import SqlIndex
 from dicom_depot.adapters.jwt_verifier import JwtVerifier
 from dicom_depot.adapters.managed_identity import AzureManagedIdentity
 from dicom_depot.adapters.operations_sql import SqlOperations
+from dicom_depot.adapters.query_tags_sql import SqlQueryTags
 from dicom_depot.adapters.roles_file import read_roles
 from dicom_depot.adapters.sealing import AesSecretBox, key_file, parse_keys
+from dicom_depot.adapters.search_sql import SqlSearch
 from dicom_depot.adapters.switches_sql import SqlSwitches
 from dicom_depot.config import Settings
 from dicom_depot.domain.errors import ConfigurationError, DepotError
@@ -46,6 +48,7 @@ from dicom_depot.ports import (
 )
 from dicom_depot.services.metadata import MetadataReader
 from dicom_depot.services.retrieve import RetrieveService
+from dicom_depot.services.search import SearchService
 from dicom_depot.services.store import StoreService
 from dicom_depot.services.transcoding import Transcoding
 from dicom_depot.services.upkeep import Upkeep
@@ -73,6 +76,7 @@ class Service:
     identity: ManagedIdentity
     stores: StoreService
     retrieval: RetrieveService
+    searches: SearchService
     changes: ChangeFeed
     _engine: DbosEngine
     _lock: FolderLock
@@ -187,6 +191,7 @@ def _open_locked(settings: Settings, lock: FolderLock) -> Service:
         audit=audit,
     )
     catalog = SqlCatalog(database)
+    metadata = MetadataReader(catalog, store)
     service = Service(
         settings=settings,
         database=database,
@@ -205,9 +210,8 @@ def _open_locked(settings: Settings, lock: FolderLock) -> Service:
             instances_max=settings.store_instances_max,
             min_free_bytes=settings.min_free_bytes,
         ),
-        retrieval=RetrieveService(
-            catalog, store, MetadataReader(catalog, store), Transcoding(), settings.transcode_bytes_max
-        ),
+        retrieval=RetrieveService(catalog, store, metadata, Transcoding(), settings.transcode_bytes_max),
+        searches=SearchService(SqlSearch(database), metadata, SqlQueryTags(database)),
         changes=SqlChangeFeed(database),
         _engine=engine,
         _lock=lock,

@@ -43,6 +43,16 @@ _INSTANCE_COLUMNS = (
     instances.c.transfer_syntax_uid,
     instances.c.created_sequence,
 )
+_FULL_COLUMNS = (
+    instances.c.id,
+    studies.c.study_uid,
+    series.c.series_uid,
+    instances.c.sop_instance_uid,
+    instances.c.store_key,
+    instances.c.size,
+    instances.c.transfer_syntax_uid,
+    instances.c.created_sequence,
+)
 _VERSIONS = _statements(sa.func.max(instances.c.created_sequence), sa.func.count())
 _SYNTAXES = _statements(instances.c.transfer_syntax_uid, is_distinct=True)
 _ONE = _statements(*_INSTANCE_COLUMNS)[InstanceRef]
@@ -95,34 +105,29 @@ class SqlCatalog:
             )
             return {id_: Metadata(dicom_json, layout) for id_, dicom_json, layout in rows}
 
+    def by_ids(self, instance_ids: Sequence[int]) -> list[StoredInstance]:
+        statement = (
+            sa.select(*_FULL_COLUMNS)
+            .select_from(instances.join(series).join(studies))
+            .where(instances.c.id.in_(instance_ids), instances.c.deleted_sequence == 0)
+        )
+        with self._database.read() as connection:
+            return [_full(row) for row in connection.execute(statement)]
+
     def without_metadata(self, limit: int) -> tuple[list[StoredInstance], int | None]:
         position = sa.select(counters.c.value).where(counters.c.name == _FILLED)
         lacks = ~sa.exists().where(instance_metadata.c.instance_id == instances.c.id)
         with self._database.read() as connection:
             start = connection.execute(position).scalar_one_or_none() or 0
             statement = (
-                sa.select(
-                    instances.c.id,
-                    studies.c.study_uid,
-                    series.c.series_uid,
-                    instances.c.sop_instance_uid,
-                    instances.c.store_key,
-                    instances.c.size,
-                    instances.c.transfer_syntax_uid,
-                    instances.c.created_sequence,
-                    lacks.label("lacks"),
-                )
+                sa.select(*_FULL_COLUMNS, lacks.label("lacks"))
                 .select_from(instances.join(series).join(studies))
                 .where(instances.c.id > start, instances.c.deleted_sequence == 0)
                 .order_by(instances.c.id)
                 .limit(limit)
             )
             rows = connection.execute(statement).all()
-        found = [
-            StoredInstance(row[0], InstanceRef(row[1], row[2], row[3]), row[4], row[5], row[6], row[7])
-            for row in rows
-            if row.lacks
-        ]
+        found = [_full(row) for row in rows if row.lacks]
         return found, rows[-1].id if rows else None
 
     def add_metadata(self, found: Mapping[int, Metadata], done_up_to: int) -> None:
@@ -167,6 +172,10 @@ def _bound(ref: Ref) -> dict[str, str]:
             return {"study": study, "series": series_uid}
         case InstanceRef(study, series_uid, sop):
             return {"study": study, "series": series_uid, "sop": sop}
+
+
+def _full(row: Sequence[Any]) -> StoredInstance:
+    return StoredInstance(row[0], InstanceRef(row[1], row[2], row[3]), row[4], row[5], row[6], row[7])
 
 
 def _stored(ref: InstanceRef, key: str, size: int, syntax: str, sequence: int, *, id_: int) -> StoredInstance:

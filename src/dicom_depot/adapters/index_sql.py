@@ -12,6 +12,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.sqlite import insert
 
 from dicom_depot.adapters.database import Database
+from dicom_depot.adapters.index_search_values import forget_values, left
 from dicom_depot.adapters.index_writes import add, find, mark_deleted, without_repeats
 from dicom_depot.adapters.schema import counters, instance_metadata, instances, series, studies
 from dicom_depot.domain.export import PlannedInstance
@@ -157,8 +158,15 @@ class SqlIndex:
         with self._database.write() as connection:
             for batch in _batches(instance_ids):
                 _note_forgotten(connection, batch)
+                live = connection.execute(
+                    sa.select(instances.c.id, instances.c.series_id).where(
+                        instances.c.id.in_(batch), instances.c.deleted_sequence == 0
+                    )
+                ).all()
+                forget_values(connection, batch)
                 connection.execute(sa.delete(instance_metadata).where(instance_metadata.c.instance_id.in_(batch)))
                 connection.execute(sa.delete(instances).where(instances.c.id.in_(batch)))
+                left(connection, [(row.id, row.series_id) for row in live])
 
     def forgotten_up_to(self) -> int:
         statement = sa.select(counters.c.value).where(counters.c.name == _FORGOTTEN)

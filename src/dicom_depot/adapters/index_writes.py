@@ -1,12 +1,13 @@
 """What changes the index: adding, replacing and deleting instances, each within a transaction of the caller's.
 
-Storing one instance runs eight statements. They are built and compiled once, here: that takes longer than any database
-needs to run them.
+Storing one instance runs some ten statements. They are built and compiled once, here: that takes longer than any
+database needs to run them.
 """
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -15,6 +16,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.sqlite import insert
 from sqlalchemy.sql.dml import ReturningInsert
 
+from dicom_depot.adapters.index_search_values import arrived, columns_at, index_tags, left, replace_values
 from dicom_depot.adapters.prepared import Prepared
 from dicom_depot.adapters.schema import changes, counters, instance_metadata, instances, series, studies
 from dicom_depot.domain.identifiers import InstanceRef
@@ -45,6 +47,12 @@ def _find_statement() -> sa.Select[Any]:
     )
 
 
+def _known_statement(table: sa.Table, keys: tuple[str, ...], attributes: list[str]) -> sa.Select[Any]:
+    return sa.select(table.c.id, *(table.c[name] for name in attributes)).where(
+        *(table.c[name] == sa.bindparam(name) for name in keys)
+    )
+
+
 def _upsert_statement(table: sa.Table, keys: tuple[str, ...], attributes: list[str]) -> ReturningInsert[int]:
     """The attributes of a study or series are those of the instance that was stored last."""
     statement = insert(table).values({name: sa.bindparam(name) for name in (*keys, *attributes)})
@@ -54,8 +62,15 @@ def _upsert_statement(table: sa.Table, keys: tuple[str, ...], attributes: list[s
 
 
 _FIND = Prepared(_find_statement())
-_UPSERT_STUDY = Prepared(_upsert_statement(studies, ("study_uid",), _STUDY_COLUMNS))
-_UPSERT_SERIES = Prepared(_upsert_statement(series, ("study_id", "series_uid"), _SERIES_COLUMNS))
+_KEYS = {Level.STUDY: ("study_uid",), Level.SERIES: ("study_id", "series_uid")}
+_KNOWN = {
+    Level.STUDY: Prepared(_known_statement(studies, _KEYS[Level.STUDY], _STUDY_COLUMNS)),
+    Level.SERIES: Prepared(_known_statement(series, _KEYS[Level.SERIES], _SERIES_COLUMNS)),
+}
+_UPSERT = {
+    Level.STUDY: Prepared(_upsert_statement(studies, _KEYS[Level.STUDY], _STUDY_COLUMNS)),
+    Level.SERIES: Prepared(_upsert_statement(series, _KEYS[Level.SERIES], _SERIES_COLUMNS)),
+}
 _TAKE_NUMBERS = Prepared(
     sa.update(counters)
     .where(counters.c.name == "sequence")
@@ -129,6 +144,7 @@ def mark_deleted(connection: sa.Connection, rows: Sequence[tuple[int, int, str]]
     _record_changes(
         connection, [(number, row[1], row[2], ChangeAction.DELETE) for number, row in enumerate(rows, first)], now
     )
+    left(connection, [(row[0], row[1]) for row in rows])
 
 
 def _find(connection: sa.Connection, refs: Sequence[InstanceRef]) -> dict[InstanceRef, tuple[KnownInstance, int]]:
@@ -151,13 +167,13 @@ def _take_numbers(connection: sa.Connection, count: int) -> int:
 
 def _insert(connection: sa.Connection, records: Sequence[InstanceRecord], live_ids: dict[InstanceRef, int]) -> None:
     """`live_ids`: the rows that give way, among others."""
-    series_of = _series_ids(connection, records)
+    parents = _parents(connection, records)
     first = _take_numbers(connection, len(records))
     now = _now()
     changed: list[tuple[int, int, str, ChangeAction]] = []
     outdated: list[dict[str, Any]] = []
     rows: list[dict[str, Any]] = []
-    for number, (series_id, record) in enumerate(zip(series_of, records, strict=True), first):
+    for number, ((_, series_id), record) in enumerate(zip(parents, records, strict=True), first):
         sop = record.ref.sop_instance_uid
         earlier = live_ids.get(record.ref)
         changed.append((number, series_id, sop, ChangeAction.CREATE if earlier is None else ChangeAction.UPDATE))
@@ -182,42 +198,67 @@ def _insert(connection: sa.Connection, records: Sequence[InstanceRecord], live_i
         _MARK_DELETED.many(connection, outdated)
     _INSERT_INSTANCES.many(connection, rows)
     _record_changes(connection, changed, now)
-    _insert_metadata(connection, records)
+    # The rows went in by order, nobody else's between them while the counter is locked: theirs are the last ids.
+    first_id = _LAST_ID.one(connection, {})[0] - len(records) + 1
+    _count(connection, parents, [action is ChangeAction.CREATE for _, _, _, action in changed], first_id)
+    _insert_metadata(connection, records, parents, first_id)
 
 
-def _series_ids(connection: sa.Connection, records: Sequence[InstanceRecord]) -> list[int]:
-    """The series of each record; rows of studies and series are made or brought up to date."""
+def _count(
+    connection: sa.Connection, parents: Sequence[tuple[int, int]], are_more: Sequence[bool], first_id: int
+) -> None:
+    """Tell each study and series of its new instances; one that replaces another is no more than before."""
+    for level, owners in (
+        (Level.STUDY, [study for study, _ in parents]),
+        (Level.SERIES, [each for _, each in parents]),
+    ):
+        newest = {owner: first_id + place for place, owner in enumerate(owners)}
+        more = Counter(owner for owner, is_more in zip(owners, are_more, strict=True) if is_more)
+        for owner, instance_id in newest.items():
+            arrived(connection, level, owner, more[owner], instance_id)
+
+
+def _parents(connection: sa.Connection, records: Sequence[InstanceRecord]) -> list[tuple[int, int]]:
+    """The study and the series of each record; their rows are made or brought up to date."""
     by_study = {record.ref.study_uid: record for record in records}
     by_series = {(record.ref.study_uid, record.ref.series_uid): record for record in records}
     study_ids = {
-        study: _UPSERT_STUDY.one(connection, {"study_uid": study} | _attributes(record, _STUDY_COLUMNS))[0]
-        for study, record in by_study.items()
+        study: _row_id(connection, Level.STUDY, {"study_uid": study}, record) for study, record in by_study.items()
     }
-    series_ids: dict[tuple[str, str], int] = {
-        (study, series_uid): _UPSERT_SERIES.one(
-            connection,
-            {"study_id": study_ids[study], "series_uid": series_uid} | _attributes(record, _SERIES_COLUMNS),
-        )[0]
+    series_ids = {
+        (study, series_uid): _row_id(
+            connection, Level.SERIES, {"study_id": study_ids[study], "series_uid": series_uid}, record
+        )
         for (study, series_uid), record in by_series.items()
     }
-    return [series_ids[record.ref.study_uid, record.ref.series_uid] for record in records]
+    return [
+        (study_ids[record.ref.study_uid], series_ids[record.ref.study_uid, record.ref.series_uid]) for record in records
+    ]
 
 
-def _attributes(record: InstanceRecord, columns: Sequence[str]) -> dict[str, Any]:
-    return {name: record.header.attributes.get(name) for name in columns}
+def _row_id(connection: sa.Connection, level: Level, keys: dict[str, Any], record: InstanceRecord) -> int:
+    """A row that says what it said before is left alone: writing it anew would write all of its indexes."""
+    columns = columns_at(level, record.header.attributes)
+    known = _KNOWN[level].all(connection, keys)
+    if known and known[0][1:] == tuple(columns.values()):
+        return int(known[0][0])
+    row_id = int(_UPSERT[level].one(connection, keys | columns)[0])
+    replace_values(connection, level, row_id, columns)
+    return row_id
 
 
-def _insert_metadata(connection: sa.Connection, records: Sequence[InstanceRecord]) -> None:
-    """The rows went in by order, nobody else's between them while the counter is locked: theirs are the last ids."""
-    if all(record.metadata is None for record in records):
-        return
-    last_id = _LAST_ID.one(connection, {})[0]
+def _insert_metadata(
+    connection: sa.Connection, records: Sequence[InstanceRecord], parents: Sequence[tuple[int, int]], first_id: int
+) -> None:
     found = [
-        {"instance_id": id_, "dicom_json": record.metadata.dicom_json, "layout": record.metadata.layout}
-        for id_, record in enumerate(records, last_id - len(records) + 1)
+        (id_, record.metadata, parent)
+        for id_, (record, parent) in enumerate(zip(records, parents, strict=True), first_id)
         if record.metadata is not None
     ]
-    _INSERT_METADATA.many(connection, found)
+    if found:
+        rows = [{"instance_id": id_, "dicom_json": each.dicom_json, "layout": each.layout} for id_, each, _ in found]
+        _INSERT_METADATA.many(connection, rows)
+        index_tags(connection, [(id_, *parent, each.dicom_json) for id_, each, parent in found])
 
 
 def _record_changes(

@@ -1,17 +1,20 @@
 """The tables as SQLAlchemy sees them. Their history is in `migrations`; a test compares the two.
 
 studies 1─* series 1─* instances 1─? instance_metadata        operations 1─* operation_chunks 1─* operation_failures
-                 1─* changes
+                 1─* changes                                  extended_query_tags 1─* extended_query_tag_errors
 
 An instance row is live while `deleted_sequence` is 0; a deleted one keeps the number of its deletion until it is swept.
 The unique index over (series, SOP instance, deleted_sequence) therefore allows one live row and any tombstones.
+
+Rows of studies and series stay for good. What they say is what their newest live instance says, in the form in which
+values are compared (`domain.matching`); they are searched while `instance_count` is not 0.
 """
 
 from __future__ import annotations
 
 import sqlalchemy as sa
 
-from dicom_depot.domain.search import Level, attributes_of
+from dicom_depot.domain.search import SEARCHABLE, Held, Level, attributes_of
 
 metadata = sa.MetaData(
     naming_convention={
@@ -29,8 +32,20 @@ _time = sa.DateTime(timezone=False)
 
 def _attribute_columns(level: Level) -> list[sa.Column[object]]:
     return [
-        sa.Column(attribute.column, sa.BigInteger() if attribute.is_integer else sa.Text())
+        sa.Column(
+            attribute.column,
+            sa.BigInteger() if attribute.is_integer else sa.Text(),
+            index=attribute in SEARCHABLE and attribute.held is Held.COLUMN,
+        )
         for attribute in attributes_of(level)
+    ]
+
+
+def _live() -> list[sa.Column[int]]:
+    """How many live instances lie below a row, and the newest of them."""
+    return [
+        sa.Column("instance_count", sa.Integer(), nullable=False, server_default="0"),
+        sa.Column("newest_id", _big_id, nullable=False, server_default="0"),
     ]
 
 
@@ -40,6 +55,7 @@ studies = sa.Table(
     sa.Column("id", _big_id, primary_key=True),
     sa.Column("study_uid", sa.String(64), nullable=False, unique=True),
     *_attribute_columns(Level.STUDY),
+    *_live(),
     sqlite_autoincrement=True,
 )
 
@@ -48,8 +64,9 @@ series = sa.Table(
     metadata,
     sa.Column("id", _big_id, primary_key=True),
     sa.Column("study_id", _big_id, sa.ForeignKey("studies.id"), nullable=False),
-    sa.Column("series_uid", sa.String(64), nullable=False),
+    sa.Column("series_uid", sa.String(64), nullable=False, index=True),
     *_attribute_columns(Level.SERIES),
+    *_live(),
     sa.UniqueConstraint("study_id", "series_uid"),
     sqlite_autoincrement=True,
 )
@@ -59,8 +76,8 @@ instances = sa.Table(
     metadata,
     sa.Column("id", _big_id, primary_key=True),
     sa.Column("series_id", _big_id, sa.ForeignKey("series.id"), nullable=False),
-    sa.Column("sop_instance_uid", sa.String(64), nullable=False),
-    sa.Column("sop_class_uid", sa.String(64), nullable=False),
+    sa.Column("sop_instance_uid", sa.String(64), nullable=False, index=True),
+    sa.Column("sop_class_uid", sa.String(64), nullable=False, index=True),
     sa.Column("transfer_syntax_uid", sa.String(64), nullable=False),
     sa.Column("store_key", sa.String(128), nullable=False),
     sa.Column("size", sa.BigInteger(), nullable=False),
@@ -83,6 +100,44 @@ instance_metadata = sa.Table(
     sa.Column("layout", sa.LargeBinary(), nullable=False),
 )
 """`domain.instance.Metadata` of an instance; beside the instances so that scans of those stay short."""
+
+search_values = sa.Table(
+    "search_values",
+    metadata,
+    sa.Column("name", sa.String(64), primary_key=True),
+    sa.Column("value", sa.Text(), primary_key=True),
+    sa.Column("owner_id", _big_id, primary_key=True),
+    sa.Index("ix_search_values_name_owner_id", "name", "owner_id"),
+    sqlite_with_rowid=False,
+)
+"""Values of which a study, series or instance (`owner_id`) has any number: person names and their words, what stands in
+sequences, extended query tags. `domain.matching` gives name and value.
+"""
+
+extended_query_tags = sa.Table(
+    "extended_query_tags",
+    metadata,
+    sa.Column("id", _big_id, primary_key=True),
+    sa.Column("path", sa.String(8), nullable=False, unique=True),
+    sa.Column("vr", sa.String(2), nullable=False),
+    sa.Column("private_creator", sa.String(64)),
+    sa.Column("level", sa.String(8), nullable=False),
+    sa.Column("status", sa.String(16), nullable=False),
+    sa.Column("is_enabled", sa.Boolean(), nullable=False),
+    sa.Column("error_count", sa.BigInteger(), nullable=False, server_default="0"),
+    sa.Column("operation_id", sa.String(32)),
+    sqlite_autoincrement=True,
+)
+"""Ids are never used twice: the values and errors of a tag that was deleted are swept later."""
+
+extended_query_tag_errors = sa.Table(
+    "extended_query_tag_errors",
+    metadata,
+    sa.Column("tag_id", _big_id, primary_key=True),
+    sa.Column("instance_id", _big_id, primary_key=True),
+    sa.Column("message", sa.Text(), nullable=False),
+    sa.Column("occurred_at", _time, nullable=False),
+)
 
 changes = sa.Table(
     "changes",
@@ -134,6 +189,8 @@ operations = sa.Table(
     sa.Column("log_written_at", _time, nullable=False),
     sa.Column("generation", sa.Integer(), nullable=False, server_default="1"),
     sa.Column("created_by", sa.String(512), nullable=False, server_default=sa.text("''")),
+    sa.Column("query", sa.JSON()),
+    sa.Column("series_ids", sa.LargeBinary()),
     sa.Index("ix_operations_created_at_id", "created_at", "id"),
 )
 

@@ -23,7 +23,7 @@ from dicom_depot import config, wiring
 from dicom_depot.adapters.audit_file import AuditFile
 from dicom_depot.adapters.folder_lock import FolderLock
 from dicom_depot.cli.common import ExitCode, err, explained_errors, fail, load_settings
-from dicom_depot.cli.serve_checks import check_exposure, check_tls, resolve_host
+from dicom_depot.cli.serve_checks import check_exposure, check_tls, check_viewer, resolve_host
 from dicom_depot.config import CONFIG_VARIABLE, PREFIX, Settings
 from dicom_depot.domain.errors import DepotError
 from dicom_depot.telemetry import set_up_logging
@@ -45,6 +45,7 @@ def serve(context: typer.Context) -> None:
         host = resolve_host(settings.host)  # once: what is checked is what is listened on
         check_exposure(settings, host)
         check_tls(settings)
+        check_viewer(settings)
         _check_start(settings, host)
     port = settings.port or _free_port(host)
     _export_flags(context, port)
@@ -100,6 +101,7 @@ def asgi_app() -> FastAPI:
             service.identity,
             service.stores,
             service.retrieval,
+            service.searches,
             service.changes,
         )
         _spare_garbage_collection()

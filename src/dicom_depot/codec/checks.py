@@ -9,7 +9,7 @@ from enum import Enum, auto
 from dicom_depot.codec.part10 import RawValue
 from dicom_depot.codec.vr import Encodings, choices_of, violation
 from dicom_depot.domain.instance import InstanceHeader
-from dicom_depot.domain.search import ATTRIBUTES
+from dicom_depot.domain.search import TOP_ATTRIBUTES
 
 PATIENT_ID = 0x00100020
 
@@ -42,7 +42,7 @@ class Violation:
 def violations_of_indexed(captured: Mapping[int, RawValue], encodings: Encodings) -> list[Violation]:
     """The attributes of the index that break the minimum rules, or have another VR than PS3.6 gives them."""
     found: list[Violation] = []
-    for attribute in ATTRIBUTES:
+    for attribute in TOP_ATTRIBUTES:
         tag = attribute.tag
         raw = captured.get(tag)
         if raw is None:

@@ -28,6 +28,7 @@ from dicom_depot.codec.layout import (
     pack,
 )
 from dicom_depot.codec.part10 import VALUE_BYTES_MAX, Encoding, RawValue, encoding_at, header_of, read_header
+from dicom_depot.codec.search_values import request_columns
 from dicom_depot.codec.values import decode_integer, encodings_of
 from dicom_depot.codec.vr import (
     BULK_VRS,
@@ -40,8 +41,8 @@ from dicom_depot.codec.vr import (
 from dicom_depot.codec.window import SKIP_WINDOW_BYTES, StopWalk, Window
 from dicom_depot.domain.errors import BrokenInstance, DepotError, InvalidIdentifier
 from dicom_depot.domain.identifiers import InstanceRef, parse_uid
-from dicom_depot.domain.instance import InstanceHeader, Metadata
-from dicom_depot.domain.search import ATTRIBUTES
+from dicom_depot.domain.instance import AttributeValues, InstanceHeader, Metadata
+from dicom_depot.domain.search import REQUEST_ATTRIBUTES, TOP_ATTRIBUTES
 
 LINK_MARK = b"\x01"
 """Stands in packed JSON where the URL of the instance, with a slash at its end, belongs."""
@@ -54,7 +55,6 @@ ELEMENTS_MAX = 1_000_000
 DEPTH_MAX = 220
 FRAGMENTS_MAX = 1_000_000
 
-__UNDEFINED = 0xFFFFFFFF
 _UNDEFINED = 0xFFFFFFFF
 _ITEM, _ITEM_END, _SEQUENCE_END = 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
 _CHARACTER_SET = 0x00080005
@@ -64,7 +64,7 @@ _FRAME_COUNT, _ROWS, _COLUMNS, _SAMPLES, _BITS = 0x00280008, 0x00280010, 0x00280
 _PHOTOMETRIC, _PIXEL_REPRESENTATION = 0x00280004, 0x00280103
 _OFFSETS, _LENGTHS, _PIXELS = 0x7FE00001, 0x7FE00002, 0x7FE00010
 _PIXEL_TAGS = frozenset(int(path, 16) for path in PIXEL_PATHS)
-_INDEXED = {attribute.tag: attribute for attribute in ATTRIBUTES}
+_INDEXED = {attribute.tag: attribute for attribute in TOP_ATTRIBUTES}
 _CAPTURED = frozenset(
     [*_IDENTIFYING, *_INDEXED, _CHARACTER_SET, _FRAME_COUNT, _ROWS, _COLUMNS, _SAMPLES, _BITS, _PHOTOMETRIC, _OFFSETS]
 )
@@ -100,6 +100,7 @@ def read_instance(source: bytes | BinaryIO, size: int, check: Check = Check.NOTH
             stream = io.BytesIO(source) if isinstance(source, bytes) else source
             stream.seek(0)
             header = read_header(stream, size)
+        header.attributes.update(walk.request_columns())
     except BrokenInstance as error:
         raise BrokenInstance(error.message, *map(walk.uid, (_CLASS, _INSTANCE))) from None
     except DepotError:
@@ -191,6 +192,10 @@ class _Walk(Window):
             return None if raw is None else parse_uid(raw.value.decode("latin-1"))
         except InvalidIdentifier:
             return None
+
+    def request_columns(self) -> AttributeValues:
+        """What the index holds of RequestAttributesSequence."""
+        return request_columns(None if self._top is None else self._top.members.get(REQUEST_ATTRIBUTES))
 
     def metadata(self, header: InstanceHeader) -> Metadata:
         top = self._top or _Level(Encoding(is_implicit=False, is_little=True), (), "")

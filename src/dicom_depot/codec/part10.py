@@ -26,7 +26,7 @@ from dicom_depot.codec.vr import LONG_VR_CODES, is_vr_code
 from dicom_depot.domain.errors import BrokenInstance, DepotError, InvalidIdentifier, NotDicom
 from dicom_depot.domain.identifiers import InstanceRef, Uid, parse_uid
 from dicom_depot.domain.instance import AttributeValues, InstanceHeader
-from dicom_depot.domain.search import ATTRIBUTES
+from dicom_depot.domain.search import ATTRIBUTES, TOP_ATTRIBUTES
 
 INFLATED_BYTES_MAX = 16 << 20
 """How much of a deflated data set is inflated to find its header."""
@@ -46,7 +46,7 @@ _IDENTIFYING = {
 }
 _CHARACTER_SET = 0x00080005
 _MEDIA_CLASS, _TRANSFER_SYNTAX = 0x00020002, 0x00020010
-_WANTED = [*_IDENTIFYING, *(attribute.tag for attribute in ATTRIBUTES)]
+_WANTED = [*_IDENTIFYING, *(attribute.tag for attribute in TOP_ATTRIBUTES)]
 _LAST_WANTED = max(_WANTED)
 _FIRST_PIXEL_TAG = 0x7FE00001
 
@@ -247,12 +247,12 @@ def _identifying_uids(elements: _Elements) -> list[Uid]:
 def _attributes(elements: _Elements, encoding: Encoding) -> AttributeValues:
     character_set = elements.get(_CHARACTER_SET)
     encodings = encodings_of(character_set.value) if character_set else ()
-    values: AttributeValues = {}
-    for attribute in ATTRIBUTES:
+    values: AttributeValues = {attribute.column: None for attribute in ATTRIBUTES}
+    for attribute in TOP_ATTRIBUTES:
         raw = elements.get(attribute.tag)
         if raw is None:
-            values[attribute.column] = None
-        elif attribute.is_integer:
+            continue
+        if attribute.is_integer:
             vr = attribute.vr if raw.vr in (None, "UN") else raw.vr
             values[attribute.column] = decode_integer(raw.value, vr, encoding.is_little)
         else:

@@ -30,6 +30,14 @@ class MetadataReader:
         """Raises SourceFault where the file must be read and cannot be."""
         return self._catalog.metadata([instance.instance_id]).get(instance.instance_id) or self._read(instance)
 
+    def by_ids(self, instance_ids: Sequence[int]) -> dict[int, Metadata]:
+        """Of those of these instances that are live."""
+        known = self._catalog.metadata(instance_ids) if instance_ids else {}
+        missing = [id_ for id_ in instance_ids if id_ not in known]
+        if missing:
+            known |= {each.instance_id: self._read_or_bare(each) for each in self._catalog.by_ids(missing)}
+        return known
+
     def json_array(self, instances: Iterator[StoredInstance], url_of: InstanceUrl) -> Iterator[bytes]:
         """The DICOM JSON of all instances as one array (PS3.18 section 10.4.1), in blocks."""
         block: list[bytes] = [b"["]

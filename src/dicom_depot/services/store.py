@@ -23,6 +23,7 @@ from dicom_depot.codec.dicom_json import ReadInstance, read_instance
 from dicom_depot.domain.errors import BrokenInstance, DepotError, NotDicom, PayloadTooLarge, StorageFull
 from dicom_depot.domain.identifiers import InstanceRef, Uid
 from dicom_depot.domain.instance import InstanceRecord
+from dicom_depot.domain.search import TOP_ATTRIBUTES
 from dicom_depot.ports import AddOutcome, BlobStore, BlobWriter, InstanceIndex
 from dicom_depot.services.group_commit import GroupCommit
 from dicom_depot.services.hashes import Hashes
@@ -269,7 +270,7 @@ class StoreSession:
         if read.header.transfer_syntax_uid == _IMPLICIT_VR:
             outcome.warning = WarningReason.DATA_SET
         outcome.has_many_values = any(
-            isinstance(value, str) and "\\" in value for value in read.header.attributes.values()
+            isinstance(value := read.header.attributes[each.column], str) and "\\" in value for each in TOP_ATTRIBUTES
         )
 
     def _drop(self) -> None:

@@ -15,6 +15,7 @@ from dicom_depot.export.resume import ResumeService
 from dicom_depot.export.service import ExportService
 from dicom_depot.ports import AuditTrail, BlobStore, ChangeFeed, InstanceIndex, ManagedIdentity, TokenVerifier
 from dicom_depot.services.retrieve import RetrieveService
+from dicom_depot.services.search import SearchService
 from dicom_depot.services.store import StoreService
 from dicom_depot.web.waiting import AuditQueue
 
@@ -52,6 +53,7 @@ class WebContext:
     identity: ManagedIdentity
     stores: StoreService
     retrieval: RetrieveService
+    searches: SearchService
     changes: ChangeFeed
     turns: KeyTurns = field(default_factory=KeyTurns)
     lines: AuditQueue = field(default_factory=AuditQueue)
@@ -65,6 +67,11 @@ def context(request: Request) -> WebContext:
 def version_of(request: Request) -> WireVersion:
     """The API version in the path; a path without one speaks version 1."""
     return 2 if request.scope["path"][:4].lower() == "/v2/" else 1
+
+
+def is_versioned(request: Request) -> bool:
+    """Whether the path names a version of the API: without one, the standard's own rules go first."""
+    return request.scope["path"][:4].lower() in ("/v1/", "/v2/")
 
 
 def base_url(request: Request) -> str:
