@@ -42,7 +42,7 @@ class Request:
 def run_export(request: Request) -> list[dict[str, Any]]:
     """From the order (what a POST does) to the terminal state: proof, plan, index, hash, commits, log included."""
     from dicom_depot.config import Settings
-    from dicom_depot.domain.export import DestinationSpec, ExportSpecification
+    from dicom_depot.domain.export import DestinationSpec, ExportSpecification, Listed
     from dicom_depot.domain.identifiers import parse_identifier
     from dicom_depot.wiring import open_service
 
@@ -58,7 +58,7 @@ def run_export(request: Request) -> list[dict[str, Any]]:
     runs = []
     for _ in range(request.runs):
         before, ordered_at = _Usage.now(), datetime.now(UTC)
-        operation = service.exports.start(ExportSpecification(identifiers, destination))
+        operation = service.exports.start(ExportSpecification(Listed(identifiers), destination))
         while not operation.status.is_terminal:
             time.sleep(POLL_SECONDS)
             operation = service.exports.get(operation.id)

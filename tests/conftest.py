@@ -11,6 +11,8 @@ import pytest
 from tests.support.azurite import Azurite
 
 CORPUS_VARIABLE = "DICOM_DEPOT_TEST_CORPUS"
+_TESTS = Path(__file__).parent
+_SLOWEST = {folder: place for place, folder in enumerate(("durability", "docs", "cli", "http", "corpus", "access"))}
 REQUIRED_VARIABLE = "DICOM_DEPOT_TEST_CORPUS_REQUIRED"
 
 
@@ -19,6 +21,11 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
     if collection_path.name == "corpus" and corpus_folder() is None:
         return True
     return None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The folders whose files take longest come first, so that at the end no worker has a long one all to itself."""
+    items.sort(key=lambda item: _SLOWEST.get(item.path.relative_to(_TESTS).parts[0], len(_SLOWEST)))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

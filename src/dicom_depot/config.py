@@ -204,6 +204,11 @@ class Settings(BaseSettings):
     cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
         default=(), description="Origins whose web pages may call the service, comma separated."
     )
+    viewer_dir: Path | None = Field(
+        default=None,
+        description="Folder with a build of the OHIF viewer that is served under /viewer/, open to everybody; "
+        "unset: no viewer.",
+    )
     audit_log: Path | None = Field(
         default=None, description="File that the audit trail is appended to; default: audit.log in the data folder."
     )
@@ -379,6 +384,23 @@ class Settings(BaseSettings):
                 raise ValueError(
                     f"{PREFIX}EXPORT_ROOT ({root}) and {name} ({other}) must lie apart, neither inside the other: "
                     "exports must not write where the service keeps its own files"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _viewer_lies_apart(self) -> Settings:
+        if self.viewer_dir is None:
+            return self
+        viewer = Path(os.path.realpath(self.viewer_dir))
+        folders = [("the data folder", self.data_dir), ("the store", self.store_path)]
+        if self.export_root is not None:
+            folders.append(("the export root", self.export_root))
+        for name, folder in folders:
+            other = Path(os.path.realpath(folder))
+            if viewer.is_relative_to(other) or other.is_relative_to(viewer):
+                raise ValueError(
+                    f"{PREFIX}VIEWER_DIR ({viewer}) and {name} ({other}) must lie apart, neither inside the other: "
+                    "everybody may read the viewer's files"
                 )
         return self
 

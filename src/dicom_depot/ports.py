@@ -5,7 +5,7 @@ the adapters that keep them stay silent. `testing.contracts` checks every promis
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
@@ -15,6 +15,7 @@ from dicom_depot.domain.access import Caller
 from dicom_depot.domain.export import (
     ChunkOutcome,
     ClaimedChunk,
+    DecidedSource,
     DestinationSpec,
     ExportFailure,
     PlannedChunk,
@@ -23,9 +24,9 @@ from dicom_depot.domain.export import (
 from dicom_depot.domain.identifiers import InstanceRef, Ref
 from dicom_depot.domain.identity import AccessToken, IdentityDescription
 from dicom_depot.domain.instance import InstanceRecord, Metadata, StoredObject
-from dicom_depot.domain.operation import Operation, OperationError, OperationId, OperationStatus
-from dicom_depot.domain.query_tags import QueryTag
-from dicom_depot.domain.search import Found, Level, SearchQuery, StudyCounts
+from dicom_depot.domain.operation import Operation, OperationError, OperationId, OperationStatus, OperationType
+from dicom_depot.domain.query_tags import NewQueryTag, QueryTag
+from dicom_depot.domain.search import Condition, Found, Level, SearchQuery, StudyCounts
 
 
 class StoreEntry(NamedTuple):
@@ -187,6 +188,19 @@ class InstanceIndex(Protocol):
         """
         ...
 
+    def select_in_series(
+        self,
+        series_ids: Sequence[int],
+        conditions: Sequence[Condition],
+        cutoff: int,
+        after: Cursor | None,
+        limit: int,
+    ) -> SelectionPage:
+        """As `select`, of these series, given by internal id and rising: the instances that meet all `conditions`,
+        which are on instances.
+        """
+        ...
+
     def totals(self, cutoff: int) -> tuple[int, int]:
         """How many instances were visible at `cutoff`, and their bytes in all."""
         ...
@@ -300,7 +314,7 @@ class SearchIndex(Protocol):
 
     def snapshot(self, query: SearchQuery) -> tuple[int, array[int]]:
         """The highest number taken, and the internal ids, rising, of the series that meet the query's conditions on
-        studies and series at that moment.
+        studies and series at that moment and have an instance that meets the others.
         """
         ...
 
@@ -310,6 +324,63 @@ class QueryTags(Protocol):
 
     def all(self) -> list[QueryTag]:
         """In the order in which they were added."""
+        ...
+
+    def add(self, wanted: Sequence[NewQueryTag], operation: NewOperation) -> OperationId:
+        """Record the tags and, in the same transaction, the operation that indexes what is stored already; its cut-off
+        is taken then. What is stored from then on is indexed as it is stored. Returns the operation's id.
+
+        Raises TagExists, ReindexRunning while another operation indexes, ServiceUnavailable when there would be more
+        than TAGS_MAX. Nothing is recorded then.
+        """
+        ...
+
+    def enable(self, path: str, *, is_enabled: bool) -> QueryTag:
+        """Let searches name a tag, or not. Idempotent. Raises NotFound."""
+        ...
+
+    def remove(self, path: str) -> None:
+        """Remove a tag, at once for searches. Raises NotFound, TagBusy while its operation runs."""
+        ...
+
+    def errors(self, path: str, limit: int, offset: int) -> list[TagError]:
+        """Instances whose value could not be indexed, in the order of their storing. Raises NotFound."""
+        ...
+
+    def index(self, operation_id: OperationId, contents: Mapping[int, bytes]) -> int:
+        """Index, by the tags of an operation, live instances given as internal id and packed JSON; returns how many.
+        What is no longer live is passed over. Idempotent.
+        """
+        ...
+
+    def complete(self, operation_id: OperationId) -> None:
+        """The tags of an operation are ready. Idempotent."""
+        ...
+
+    def sweep(self) -> int:
+        """Remove what is left of tags that were removed; returns how many rows. May be interrupted anywhere."""
+        ...
+
+
+class TagError(NamedTuple):
+    """An instance whose value of an extended query tag could not be indexed. `message` holds no value."""
+
+    ref: InstanceRef
+    occurred_at: datetime
+    message: str
+
+
+class Reindexer(Protocol):
+    """What the steps of an operation that indexes do."""
+
+    def index(
+        self, operation_id: OperationId, instance_ids: Sequence[int], is_stopped: Callable[[], bool]
+    ) -> ChunkOutcome:
+        """Index a chunk of instances by the operation's tags. Idempotent; may stop early when told to."""
+        ...
+
+    def complete(self, operation_id: OperationId) -> None:
+        """All is indexed. Idempotent."""
         ...
 
 
@@ -362,11 +433,11 @@ class ChangeFeed(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class NewOperation:
-    """What `OperationStore.create` records. `identifiers` None means everything."""
+    """What `OperationStore.create` records."""
 
     id: OperationId
     cutoff: int
-    identifiers: Sequence[str] | None
+    source: DecidedSource
     destination: dict[str, object]
     sealed_secret: str | None
     log_href: str
@@ -374,6 +445,9 @@ class NewOperation:
     fingerprint: str
     idempotency_key: str | None
     created_by: str = ""
+    type: OperationType = OperationType.EXPORT
+    query: Mapping[str, object] | None = None
+    """Of an operation that indexes: `{"tags": [path]}`. Its source is everything."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -445,8 +519,8 @@ class OperationStore(Protocol):
         """The lowest cut-off that an operation which has not ended still needs."""
         ...
 
-    def identifiers(self, operation_id: OperationId) -> tuple[str, ...] | None:
-        """The identifiers as they were given; None means everything."""
+    def source(self, operation_id: OperationId) -> DecidedSource:
+        """What it is about, as it was recorded."""
         ...
 
     def sealed_secret(self, operation_id: OperationId) -> str | None:

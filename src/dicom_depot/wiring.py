@@ -47,6 +47,8 @@ from dicom_depot.ports import (
     TokenVerifier,
 )
 from dicom_depot.services.metadata import MetadataReader
+from dicom_depot.services.query_tags import QueryTagService
+from dicom_depot.services.reindex import ReindexService
 from dicom_depot.services.retrieve import RetrieveService
 from dicom_depot.services.search import SearchService
 from dicom_depot.services.store import StoreService
@@ -77,6 +79,7 @@ class Service:
     stores: StoreService
     retrieval: RetrieveService
     searches: SearchService
+    tags: QueryTagService
     changes: ChangeFeed
     _engine: DbosEngine
     _lock: FolderLock
@@ -137,13 +140,18 @@ def open_service(settings: Settings) -> Service:
 def _open_locked(settings: Settings, lock: FolderLock) -> Service:
     database = _open_database(settings)
     index = SqlIndex(database)
-    operations = SqlOperations(database, OperationLimits(settings.operations_max, settings.operations_max_per_caller))
+    limits = OperationLimits(settings.operations_max, settings.operations_max_per_caller)
+    operations = SqlOperations(database, limits)
     audit = AuditFile(settings.audit_path)
     store = _open_store(settings, index)
     identity = _managed_identity(settings, database)
     destinations = _destinations(settings, identity)
     secrets = AesSecretBox(_secret_keys(settings))
-    planner = Planner(index, operations, settings.chunk_instances, settings.chunk_bytes)
+    catalog = SqlCatalog(database)
+    metadata = MetadataReader(catalog, store)
+    tags = SqlQueryTags(database, limits)
+    search = SqlSearch(database)
+    planner = Planner(index, search, tags, operations, settings.chunk_instances, settings.chunk_bytes)
     runner = ExportRunner(
         index=index,
         operations=operations,
@@ -157,13 +165,13 @@ def _open_locked(settings: Settings, lock: FolderLock) -> Service:
             settings.export_stream_bytes,
             CHUNKS_OF_ONE_OPERATION * settings.operations_max,
         ),
+        reindexer=ReindexService(tags, metadata),
         retry_seconds=settings.export_retry_seconds,
         window=WINDOW,
         audit=audit,
     )
     engine = DbosEngine(settings.data_dir / "workflows.sqlite", runner, operations)
     exports = ExportService(
-        index=index,
         operations=operations,
         destinations=destinations,
         secrets=secrets,
@@ -179,6 +187,7 @@ def _open_locked(settings: Settings, lock: FolderLock) -> Service:
         operations=operations,
         retention=timedelta(days=settings.operation_retention_days),
         delete_delay=timedelta(seconds=settings.delete_delay_seconds),
+        tags=tags,
     )
     resumes = ResumeService(
         index=index,
@@ -186,12 +195,11 @@ def _open_locked(settings: Settings, lock: FolderLock) -> Service:
         operations=operations,
         destinations=destinations,
         secrets=secrets,
+        planner=planner,
         engine=engine,
         hold_sweeps=upkeep.held,
         audit=audit,
     )
-    catalog = SqlCatalog(database)
-    metadata = MetadataReader(catalog, store)
     service = Service(
         settings=settings,
         database=database,
@@ -206,12 +214,14 @@ def _open_locked(settings: Settings, lock: FolderLock) -> Service:
         stores=StoreService(
             store,
             index,
+            tags.all,
             instance_bytes_max=settings.store_instance_bytes_max,
             instances_max=settings.store_instances_max,
             min_free_bytes=settings.min_free_bytes,
         ),
         retrieval=RetrieveService(catalog, store, metadata, Transcoding(), settings.transcode_bytes_max),
-        searches=SearchService(SqlSearch(database), metadata, SqlQueryTags(database)),
+        searches=SearchService(search, metadata, tags),
+        tags=QueryTagService(tags, engine),
         changes=SqlChangeFeed(database),
         _engine=engine,
         _lock=lock,

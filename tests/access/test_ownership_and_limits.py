@@ -12,6 +12,7 @@ import pytest
 from dicom_depot.adapters.database import Database
 from dicom_depot.adapters.operations_sql import SqlOperations
 from dicom_depot.domain.errors import TooManyOperations
+from dicom_depot.domain.export import Everything
 from dicom_depot.domain.operation import OperationStatus, new_operation_id
 from dicom_depot.ports import NewOperation, OperationLimits
 from tests.support.secured import Secured, folder_body
@@ -165,7 +166,7 @@ def _new(created_by: str) -> NewOperation:
     return NewOperation(
         id=new_operation_id(),
         cutoff=0,
-        identifiers=None,
+        source=Everything(),
         destination={"type": "file", "public": {"folder": ""}},
         sealed_secret=None,
         log_href="errors.log",

@@ -35,6 +35,7 @@ def _ask(client: httpx.Client, rule: Rule) -> httpx.Response:
     """A request that is wrong in every way that is looked at after the rights: content type, body, id."""
     path = rule.path.replace("{operation_id}", uuid.uuid4().hex).replace("{version:int}", "9")
     path = path.replace("{path:path}", "nothing").replace("{rest:path}", "/x").replace("{frames}", "1")
+    path = path.replace("{tag_path}", "PatientAge")
     for name in ("study", "series", "instance"):
         path = path.replace(f"{{{name}}}", "1.2.3")
     assert "{" not in path, "say what stands for this parameter"

@@ -13,7 +13,7 @@ import pytest
 from dicom_depot.adapters.database import Database
 from dicom_depot.adapters.operations_sql import SqlOperations
 from dicom_depot.domain.errors import NotFound, TooManyOperations
-from dicom_depot.domain.export import ChunkOutcome, ClaimedChunk, ExportFailure, PlannedChunk
+from dicom_depot.domain.export import ChunkOutcome, ClaimedChunk, Everything, ExportFailure, PlannedChunk
 from dicom_depot.domain.identifiers import parse_identifier
 from dicom_depot.domain.operation import (
     RESUMABLE_STATUSES,
@@ -50,7 +50,7 @@ def _create(operations: SqlOperations, operation_id: OperationId = _ID, created_
         NewOperation(
             id=operation_id,
             cutoff=_CUTOFF,
-            identifiers=None,
+            source=Everything(),
             destination={"type": "file", "public": {"folder": ""}},
             sealed_secret="sealed before",
             log_href="errors.log",

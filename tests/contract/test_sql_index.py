@@ -9,7 +9,9 @@ import pytest
 
 from dicom_depot.adapters.database import Database
 from dicom_depot.adapters.index_sql import SqlIndex
-from dicom_depot.domain.identifiers import parse_identifier
+from dicom_depot.adapters.search_sql import SqlSearch
+from dicom_depot.domain.identifiers import SeriesRef, parse_identifier
+from dicom_depot.domain.search import SERIES_UID, STUDY_UID, Condition, Exactly, Level, SearchQuery
 from dicom_depot.testing.index_contract import InstanceIndexContract, make_record
 from dicom_depot.testing.memory import MemoryIndex
 
@@ -27,6 +29,14 @@ class TestSqlIndex(InstanceIndexContract[SqlIndex]):
         database.migrate()
         return SqlIndex(database)
 
+    def series_id(self, index: SqlIndex, identifier: str) -> int:
+        study, series_uid = identifier.split("/")
+        asked = SearchQuery(
+            Level.SERIES, (Condition(STUDY_UID, Exactly((study,))), Condition(SERIES_UID, Exactly((series_uid,))))
+        )
+        [found] = SqlSearch(index._database).snapshot(asked)[1]
+        return found
+
     def test_two_processes_worth_of_connections_see_one_index(self) -> None:
         first = self.make_index()
         second = SqlIndex(Database(first._database.path))
@@ -39,3 +49,8 @@ class TestSqlIndex(InstanceIndexContract[SqlIndex]):
 class TestMemoryIndex(InstanceIndexContract[MemoryIndex]):
     def make_index(self) -> MemoryIndex:
         return MemoryIndex()
+
+    def series_id(self, index: MemoryIndex, identifier: str) -> int:
+        ref = parse_identifier(identifier)
+        assert isinstance(ref, SeriesRef)
+        return index.series_id(ref)

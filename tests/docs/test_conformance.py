@@ -21,6 +21,18 @@ SECTIONS = {
     "store_instances_of_study": "10.5 Store",
     "replace_instances": "extension",
     "replace_instances_of_study": "extension",
+    "search_studies": "10.6 Search",
+    "search_series": "10.6 Search",
+    "search_instances": "10.6 Search",
+    "search_series_of_study": "10.6 Search",
+    "search_instances_of_study": "10.6 Search",
+    "search_instances_of_series": "10.6 Search",
+    "add_query_tags": "extension",
+    "list_query_tags": "extension",
+    "get_query_tag": "extension",
+    "update_query_tag": "extension",
+    "delete_query_tag": "extension",
+    "list_query_tag_errors": "extension",
     "retrieve_study": "10.4 Retrieve",
     "retrieve_series": "10.4 Retrieve",
     "retrieve_instance": "10.4 Retrieve",
@@ -29,6 +41,12 @@ SECTIONS = {
     "retrieve_instance_metadata": "10.4 Retrieve, metadata",
     "retrieve_frames": "10.4 Retrieve, pixel data",
     "retrieve_bulk_data": "10.4 Retrieve, bulk data",
+    "retrieve_rendered_instance": "10.4 Retrieve, rendered",
+    "retrieve_rendered_frame": "10.4 Retrieve, rendered",
+    "retrieve_study_thumbnail": "10.4 Retrieve, thumbnail",
+    "retrieve_series_thumbnail": "10.4 Retrieve, thumbnail",
+    "retrieve_instance_thumbnail": "10.4 Retrieve, thumbnail",
+    "retrieve_frame_thumbnail": "10.4 Retrieve, thumbnail",
     "delete_study": "extension",
     "delete_series": "extension",
     "delete_instance": "extension",
@@ -45,7 +63,7 @@ def routes_table() -> str:
     seen = set()
     for rule in rules(app):
         operation = document.get(rule.path.replace(":path}", "}"), {}).get(rule.method.lower())
-        if operation is None or not re.match(r"/v2/(studies|changefeed)", rule.path):
+        if operation is None or not re.match(r"/v2/(studies|series|instances|extendedquerytags|changefeed)", rule.path):
             continue
         name = operation["operationId"]
         seen.add(name)

@@ -27,6 +27,7 @@ PAGES = [
     "docs/tutorial/first-export.md",
     "docs/how-to/run-azurite.md",
     "docs/how-to/export-to-azure.md",
+    "docs/how-to/export-by-query.md",
     "docs/how-to/back-up-and-restore.md",
     "docs/how-to/sign-in-and-roles.md",
     "docs/how-to/behind-a-proxy.md",

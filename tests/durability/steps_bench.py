@@ -9,6 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from dicom_depot.adapters.catalog_sql import SqlCatalog
 from dicom_depot.adapters.database import Database
 from dicom_depot.adapters.destination_guard import DestinationGuard
 from dicom_depot.adapters.destinations import Destinations
@@ -16,10 +17,12 @@ from dicom_depot.adapters.folder_store import FolderBlobStore
 from dicom_depot.adapters.index_sql import SqlIndex
 from dicom_depot.adapters.managed_identity import AzureManagedIdentity
 from dicom_depot.adapters.operations_sql import SqlOperations
+from dicom_depot.adapters.query_tags_sql import SqlQueryTags
 from dicom_depot.adapters.sealing import AesSecretBox
+from dicom_depot.adapters.search_sql import SqlSearch
 from dicom_depot.adapters.switches_sql import SqlSwitches
 from dicom_depot.domain.errors import DepotError
-from dicom_depot.domain.export import DestinationSpec, ExportSpecification
+from dicom_depot.domain.export import DestinationSpec, ExportSpecification, Listed, Matching
 from dicom_depot.domain.identifiers import parse_identifier
 from dicom_depot.domain.operation import Operation, OperationId
 from dicom_depot.export.copier import CopyPool
@@ -28,6 +31,8 @@ from dicom_depot.export.resume import ResumeService
 from dicom_depot.export.runner import ExportRunner, Interrupted
 from dicom_depot.export.service import ExportService
 from dicom_depot.ports import BlobStore, Destination, InstanceIndex, OperationStore
+from dicom_depot.services.metadata import MetadataReader
+from dicom_depot.services.reindex import ReindexService
 from dicom_depot.services.upkeep import Upkeep
 from dicom_depot.testing.engine import StepEngine, WorkflowRecords
 from dicom_depot.testing.faults import Crash, FaultPlan, faulty
@@ -108,8 +113,10 @@ class Bench:
             identity=AzureManagedIdentity(SqlSwitches(database), source="auto", client_id=None),
             faults=plan,
         )
+        tags = faulty(SqlQueryTags(database), "tags", plan)
         secrets = AesSecretBox([bytes(32)])
-        planner = Planner(index, operations, CHUNK_INSTANCES, 1 << 30)
+        search = faulty(SqlSearch(database), "search", plan)
+        planner = Planner(index, search, tags, operations, CHUNK_INSTANCES, 1 << 30)
         runner = ExportRunner(
             index=index,
             operations=operations,
@@ -118,12 +125,12 @@ class Bench:
             secrets=secrets,
             planner=planner,
             pool=CopyPool(2, 1 << 28, 1 << 25, 2),
+            reindexer=ReindexService(tags, MetadataReader(SqlCatalog(database), store)),
             retry_seconds=RETRY_SECONDS,
             window=WINDOW,
         )
         engine = StepEngine(runner, operations, self.records, plan)
         exports = ExportService(
-            index=index,
             operations=operations,
             destinations=destinations,
             secrets=secrets,
@@ -138,6 +145,7 @@ class Bench:
             operations=operations,
             retention=timedelta(days=1),
             delete_delay=timedelta(0),
+            tags=tags,
         )
         resumes = ResumeService(
             index=index,
@@ -145,6 +153,7 @@ class Bench:
             operations=operations,
             destinations=destinations,
             secrets=secrets,
+            planner=planner,
             engine=engine,
             hold_sweeps=upkeep.held,
         )
@@ -158,6 +167,11 @@ class Bench:
         """Record an operation. Nothing of it runs before the engine does."""
         with self.process() as process:
             return process.exports.start(specification(*identifiers)).id
+
+    def start_query(self, asked: Matching) -> OperationId:
+        """The same for what a query matches now."""
+        with self.process() as process:
+            return process.exports.start(ExportSpecification(asked, DestinationSpec("file", {"folder": ""}))).id
 
     def run(self, faults: FaultPlan | None = None, processes_max: int = 5) -> int:
         """Run everything to its end, in a new process after each death; returns how many it took.
@@ -188,7 +202,9 @@ class Bench:
 
 
 def specification(*identifiers: str) -> ExportSpecification:
-    return ExportSpecification(tuple(map(parse_identifier, identifiers)), DestinationSpec("file", {"folder": ""}))
+    return ExportSpecification(
+        Listed(tuple(map(parse_identifier, identifiers))), DestinationSpec("file", {"folder": ""})
+    )
 
 
 def counters(operation: Operation) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from dicom_depot.adapters.database import Database
 from dicom_depot.adapters.folder_store import FolderBlobStore
 from dicom_depot.adapters.index_sql import SqlIndex
 from dicom_depot.adapters.operations_sql import SqlOperations
+from dicom_depot.adapters.query_tags_sql import SqlQueryTags
 from dicom_depot.services.upkeep import Upkeep
 from tests.durability.conftest import ServeArchive
 from tests.support.archive import Archive, instance_keys
@@ -40,7 +41,9 @@ def _sweep(archive: Archive) -> int:
     database = Database(archive.settings.database_path)
     try:
         store = FolderBlobStore(archive.settings.store_path, may_create=False)
-        upkeep = Upkeep(SqlIndex(database), store, SqlOperations(database), timedelta(days=1), timedelta(0))
+        upkeep = Upkeep(
+            SqlIndex(database), store, SqlOperations(database), timedelta(days=1), timedelta(0), SqlQueryTags(database)
+        )
         return upkeep.sweep()
     finally:
         database.close()

@@ -12,9 +12,10 @@ import pytest
 
 from dicom_depot.adapters.database import Database
 from dicom_depot.adapters.operations_sql import SqlOperations
+from dicom_depot.adapters.query_tags_sql import SqlQueryTags
 from dicom_depot.config import Settings
 from dicom_depot.domain.errors import NotFound
-from dicom_depot.domain.export import DestinationSpec, ExportSpecification
+from dicom_depot.domain.export import DestinationSpec, Everything, ExportSpecification, Listed
 from dicom_depot.domain.identifiers import parse_identifier
 from dicom_depot.domain.operation import OperationId
 from dicom_depot.services.ingest import find_files, ingest
@@ -31,9 +32,10 @@ _CONTAINER = "exports"
 def _upkeep(settings: Settings, **changed: timedelta) -> Upkeep:
     """What the service does now and then, told to do it at once."""
     store, index = open_stores(settings)
-    operations = SqlOperations(Database(settings.database_path))
+    database = Database(settings.database_path)
+    operations = SqlOperations(database)
     times = {"retention": timedelta(days=1), "delete_delay": timedelta(0)} | changed
-    return Upkeep(index, store, operations, times["retention"], times["delete_delay"])
+    return Upkeep(index, store, operations, times["retention"], times["delete_delay"], SqlQueryTags(database))
 
 
 def _restore(archive: Archive, folder: Path, contents: dict[str, bytes]) -> None:
@@ -139,8 +141,10 @@ def test_the_retention_ends_operations_with_all_that_belongs_to_them_and_no_othe
     service: Service, tmp_path: Path
 ) -> None:
     try:
-        specification = ExportSpecification((parse_identifier("1.2.3"),), DestinationSpec("file", {"folder": "a"}))
-        everything = ExportSpecification(None, DestinationSpec("file", {"folder": "b"}))
+        specification = ExportSpecification(
+            Listed((parse_identifier("1.2.3"),)), DestinationSpec("file", {"folder": "a"})
+        )
+        everything = ExportSpecification(Everything(), DestinationSpec("file", {"folder": "b"}))
         ended = [service.exports.start(each).id for each in (specification, everything)]
         for operation_id in ended:
             _wait(service, operation_id)

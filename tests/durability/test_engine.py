@@ -13,7 +13,7 @@ import pytest
 
 from dicom_depot.adapters.destinations import Destinations
 from dicom_depot.config import Settings
-from dicom_depot.domain.export import ExportSpecification
+from dicom_depot.domain.export import ExportSpecification, Listed
 from dicom_depot.domain.identifiers import parse_identifier
 from dicom_depot.domain.operation import OperationId
 from dicom_depot.testing.faults import FaultPlan, When, faulty
@@ -54,7 +54,7 @@ class Place:
         url = self.endpoint.container_url(_CONTAINER)
         destination = destinations.parse("azureblob", {"blobContainerUri": url})
         identifiers = map(parse_identifier, ["1.2.3", *self.archive.identifiers])
-        return service.exports.start(ExportSpecification(tuple(identifiers), destination)).id
+        return service.exports.start(ExportSpecification(Listed(tuple(identifiers)), destination)).id
 
     def wait_for_copies(self, count: int) -> None:
         deadline = time.monotonic() + 60

@@ -13,7 +13,7 @@ import pytest
 from dbos import DBOS
 
 from dicom_depot.config import Settings
-from dicom_depot.domain.export import ExportSpecification
+from dicom_depot.domain.export import Everything, ExportSpecification
 from dicom_depot.domain.operation import Operation, OperationId, OperationStatus
 from dicom_depot.testing.samples import many_small
 from dicom_depot.wiring import Service, open_service
@@ -50,7 +50,7 @@ def _opened(data_dir: Path, endpoint: FaultEndpoint) -> Iterator[Service]:
 
 def _specification(service: Service, endpoint: FaultEndpoint) -> ExportSpecification:
     settings = {"blobContainerUri": endpoint.container_url("container")}
-    return ExportSpecification(None, service.exports.destinations.parse("azureBlob", settings))
+    return ExportSpecification(Everything(), service.exports.destinations.parse("azureBlob", settings))
 
 
 def _wait(service: Service, operation_id: OperationId) -> Operation:

@@ -108,7 +108,7 @@ _WITHOUT_EFFECT = (
     "store.",
     *(
         f"operations.{name}"
-        for name in ("get", "is_", "log_state", "runnable", "failures", "plan_pos", "ident", "seal")
+        for name in ("get", "is_", "log_state", "runnable", "failures", "plan_pos", "source", "seal")
     ),
 )
 

@@ -36,6 +36,7 @@ ERRORS = {
     "DestinationDiffers": ("DestinationDiffers", 409),
     "SecretErased": ("SecretErased", 409),
     "InstancesSwept": ("InstancesSwept", 409),
+    "QueryTagGone": ("QueryTagGone", 409),
     "PayloadTooLarge": ("PayloadTooLarge", 413),
     "UnsupportedMediaType": ("UnsupportedMediaType", 415),
     "IdempotencyKeyReused": ("IdempotencyKeyReused", 422),

@@ -165,7 +165,7 @@ def test_head_has_a_status_and_no_body(depot: Depot, ended: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["/", "/v1", "/v2/", "/v2/exports", "/v1/studies/1.2/series", "/nowhere", "/v2/export/", "/v"]
+    "path", ["/", "/v1", "/v2/", "/v2/exports", "/v1/studies/1.2/frames", "/nowhere", "/v2/export/", "/v"]
 )
 def test_an_unknown_path_is_404(depot: Depot, path: str) -> None:
     assert_error(depot.client.get(path), 404, "NotFound")

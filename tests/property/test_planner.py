@@ -14,13 +14,15 @@ from hypothesis import strategies as st
 from dicom_depot.adapters.database import Database
 from dicom_depot.adapters.index_sql import SqlIndex
 from dicom_depot.adapters.operations_sql import SqlOperations
-from dicom_depot.domain.export import ClaimedChunk
-from dicom_depot.domain.identifiers import Ref, parse_identifier
+from dicom_depot.adapters.query_tags_sql import SqlQueryTags
+from dicom_depot.adapters.search_sql import SqlSearch
+from dicom_depot.domain.export import ClaimedChunk, Everything
+from dicom_depot.domain.identifiers import parse_identifier
 from dicom_depot.domain.operation import OperationId
 from dicom_depot.export import planner as planner_module
 from dicom_depot.export.planner import Planner
 from dicom_depot.testing.index_contract import make_record
-from dicom_depot.testing.operations_contract import new_operation
+from dicom_depot.testing.operations_contract import listed, new_operation
 
 UIDS = st.sampled_from("123")
 IDENTIFIERS = st.lists(UIDS, min_size=1, max_size=3).map("/".join)
@@ -58,6 +60,11 @@ def empty() -> Iterator[tuple[SqlIndex, SqlOperations]]:
         database.close()
 
 
+def planner_of(index: SqlIndex, operations: SqlOperations, count_max: int, bytes_max: int) -> Planner:
+    database = index._database
+    return Planner(index, SqlSearch(database), SqlQueryTags(database), operations, count_max, bytes_max)
+
+
 def claimed_chunks(operations: SqlOperations, operation_id: OperationId) -> list[ClaimedChunk]:
     numbers = operations.runnable(operation_id, 10_000)
     chunks = [operations.claim_chunk(operation_id, 1, number) for number in numbers]
@@ -87,13 +94,13 @@ def test_a_plan_is_exactly_what_the_model_says(
         model = Model()
         model.apply(index, before)
         then = dict(model.live)
-        id_ = operations.create(new_operation(identifiers=identifiers, cutoff=index.sequence())).id
+        source = Everything() if identifiers is None else listed(*identifiers)
+        id_ = operations.create(new_operation(source=source, cutoff=index.sequence())).id
         operations.begin(id_)
-        refs: list[Ref] | None = None if identifiers is None else [parse_identifier(each) for each in identifiers]
-        counted = Planner(index, operations, count_max, bytes_max).dry_run(refs)
+        counted = planner_of(index, operations, count_max, bytes_max).dry_run(source)
 
         # Two planners take turns, as after a crash, and the archive changes between the pages.
-        both = [Planner(index, operations, count_max, bytes_max) for _ in range(2)]
+        both = [planner_of(index, operations, count_max, bytes_max) for _ in range(2)]
         turn = 0
         while not operations.get(id_).is_planned:
             assert both[planners[turn % len(planners)]].plan_page(id_, 1) is not None
@@ -135,9 +142,9 @@ def test_a_plan_is_exactly_what_the_model_says(
 def test_identifiers_of_instances_in_many_pages_are_planned_once(instances: list[str], count_max: int) -> None:
     with empty() as (index, operations):
         index.add([make_record(each, each) for each in instances])
-        id_ = operations.create(new_operation(identifiers=instances, cutoff=index.sequence())).id
+        id_ = operations.create(new_operation(source=listed(*instances), cutoff=index.sequence())).id
         operations.begin(id_)
-        planner = Planner(index, operations, count_max, 1 << 40)
+        planner = planner_of(index, operations, count_max, 1 << 40)
         while planner.plan_page(id_, 1) is not None:
             pass
         found = [row.identifier for chunk in claimed_chunks(operations, id_) for row in index.fetch(chunk.instance_ids)]

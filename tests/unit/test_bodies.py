@@ -23,4 +23,4 @@ def test_a_member_name_that_is_too_long_is_refused_before_it_is_looked_at() -> N
 @pytest.mark.parametrize(("name", "said"), [("sources", "Did you mean 'source'"), ("source" * 20, "Known members: ")])
 def test_the_nearest_name_is_looked_for_among_short_ones(name: str, said: str) -> None:
     with pytest.raises(InvalidRequest, match=said):
-        parse_source(parse_json(json.dumps({name: 1}).encode()), 1)
+        parse_source(parse_json(json.dumps({name: 1}).encode()), 1, dict)

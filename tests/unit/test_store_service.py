@@ -56,6 +56,7 @@ def service(store: MemoryBlobStore, index: MemoryIndex | None = None, min_free_b
     return StoreService(
         store,
         MemoryIndex() if index is None else index,
+        list,
         instance_bytes_max=8 << 20,
         instances_max=100,
         min_free_bytes=min_free_bytes,
@@ -245,7 +246,7 @@ def test_an_instance_that_fails_leaves_no_object_whatever_its_size() -> None:
 
 def test_limits_are_refused_before_the_bytes_are_kept() -> None:
     store = MemoryBlobStore()
-    stores = StoreService(store, MemoryIndex(), instance_bytes_max=3 << 20, instances_max=2, min_free_bytes=0)
+    stores = StoreService(store, MemoryIndex(), list, instance_bytes_max=3 << 20, instances_max=2, min_free_bytes=0)
     session = stores.begin(StoreRules())
     session.begin_instance()
     session.write(bytes(3 << 20))

@@ -9,6 +9,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.sqlite import insert
 
 from dicom_depot.adapters.database import Database
+from dicom_depot.adapters.index_search_values import back_filled
 from dicom_depot.adapters.prepared import Prepared
 from dicom_depot.adapters.schema import counters, instance_metadata, instances, series, studies
 from dicom_depot.domain.errors import NotFound
@@ -135,13 +136,16 @@ class SqlCatalog:
             alive = set(
                 connection.execute(sa.select(instances.c.id).where(instances.c.id.in_(list(found)))).scalars()
             )  # a sweep may have come first
-            rows = [
-                {"instance_id": id_, "dicom_json": each.dicom_json, "layout": each.layout}
-                for id_, each in found.items()
-                if id_ in alive
-            ]
-            if rows:
-                connection.execute(insert(instance_metadata).on_conflict_do_nothing(), rows)
+            ids = [id_ for id_ in found if id_ in alive]
+            if ids:
+                connection.execute(
+                    insert(instance_metadata).on_conflict_do_nothing(),
+                    [
+                        {"instance_id": id_, "dicom_json": found[id_].dicom_json, "layout": found[id_].layout}
+                        for id_ in ids
+                    ],
+                )
+                back_filled(connection, ids)
             moved = insert(counters).values(name=_FILLED, value=done_up_to)
             connection.execute(
                 moved.on_conflict_do_update(

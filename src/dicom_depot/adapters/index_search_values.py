@@ -7,7 +7,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
-from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.dialects.sqlite import insert
@@ -128,16 +127,30 @@ def left(connection: sa.Connection, gone: Sequence[tuple[int, int]]) -> None:
 def _take_newest(connection: sa.Connection, level: Level, row_id: int) -> None:
     table = _TABLES[level]
     (newest,) = _NEWEST[level].one(connection, {"row_id": row_id})
-    values: dict[str, Any] = {"newest_id": newest}
+    connection.execute(sa.update(table).where(table.c.id == row_id).values(newest_id=newest))
     content = metadata_of(connection, newest)
     if content is not None:
-        values |= columns_at(level, columns_of(content))
-    connection.execute(sa.update(table).where(table.c.id == row_id).values(values))
-    if content is not None:
-        replace_values(connection, level, row_id, values)
-        for tag in tags(connection):
-            if tag.level is level:
-                index_tag(connection, tag, row_id, newest, content)
+        _say(connection, level, row_id, newest, content)
+
+
+def back_filled(connection: sa.Connection, instance_ids: Sequence[int]) -> None:
+    """Metadata of these instances was added: studies and series that they speak for say what it says."""
+    for level, table in _TABLES.items():
+        rows = connection.execute(sa.select(table.c.id, table.c.newest_id).where(table.c.newest_id.in_(instance_ids)))
+        for row_id, instance_id in rows.all():
+            content = metadata_of(connection, instance_id)
+            if content is not None:
+                _say(connection, level, row_id, instance_id, content)
+
+
+def _say(connection: sa.Connection, level: Level, row_id: int, instance_id: int, content: DicomJson) -> None:
+    """A study or series says what an instance says."""
+    table, columns = _TABLES[level], columns_at(level, columns_of(content))
+    connection.execute(sa.update(table).where(table.c.id == row_id).values(columns))
+    replace_values(connection, level, row_id, columns)
+    for tag in tags(connection):
+        if tag.level is level:
+            index_tag(connection, tag, row_id, instance_id, content)
 
 
 def metadata_of(connection: sa.Connection, instance_id: int) -> DicomJson | None:
@@ -204,7 +217,11 @@ def index_tag(connection: sa.Connection, tag: QueryTag, owner_id: int, instance_
         connection.execute(
             sa.update(extended_query_tags)
             .where(extended_query_tags.c.id == tag.id)
-            .values(error_count=extended_query_tags.c.error_count + 1, is_enabled=False)
+            .values(
+                error_count=extended_query_tags.c.error_count + 1,
+                # The first error disables it; who enabled it since knows that there are some.
+                is_enabled=extended_query_tags.c.is_enabled & (extended_query_tags.c.error_count > 0),
+            )
         )
     return False
 

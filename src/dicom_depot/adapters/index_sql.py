@@ -6,7 +6,7 @@ import json
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.dialects.sqlite import insert
@@ -15,9 +15,11 @@ from dicom_depot.adapters.database import Database
 from dicom_depot.adapters.index_search_values import forget_values, left
 from dicom_depot.adapters.index_writes import add, find, mark_deleted, without_repeats
 from dicom_depot.adapters.schema import counters, instance_metadata, instances, series, studies
+from dicom_depot.adapters.search_sql import looked_up
 from dicom_depot.domain.export import PlannedInstance
 from dicom_depot.domain.identifiers import InstanceRef, Ref, SeriesRef, StudyRef
 from dicom_depot.domain.instance import InstanceRecord, StoredObject
+from dicom_depot.domain.search import Condition
 from dicom_depot.ports import AddOutcome, Cursor, IndexEntry, KnownInstance, Remaining, SelectionPage
 
 _BATCH = 500
@@ -87,6 +89,17 @@ class SqlIndex:
             if single:
                 return _page_of(single, after, limit)
             return _select_series(connection, sorted(series_ids), cutoff, after, limit)
+
+    def select_in_series(
+        self,
+        series_ids: Sequence[int],
+        conditions: Sequence[Condition],
+        cutoff: int,
+        after: Cursor | None,
+        limit: int,
+    ) -> SelectionPage:
+        with self._database.read() as connection:
+            return _select_series(connection, series_ids, cutoff, after, limit, conditions)
 
     def totals(self, cutoff: int) -> tuple[int, int]:
         with self._database.read() as connection:
@@ -179,7 +192,7 @@ def _batches(items: Sequence[_T]) -> Iterator[Sequence[_T]]:
         yield items[start : start + _BATCH]
 
 
-def _visible(cutoff: int) -> sa.ColumnElement[bool]:
+def _visible(cutoff: int | sa.BindParameter[int]) -> sa.ColumnElement[bool]:
     """Stored by the cut-off and not deleted by then: what was planned stays, whatever is deleted or replaced later."""
     return (instances.c.created_sequence <= cutoff) & (
         (instances.c.deleted_sequence == 0) | (instances.c.deleted_sequence > cutoff)
@@ -291,19 +304,51 @@ def _page_of(instances_: list[PlannedInstance], after: Cursor | None, limit: int
     return SelectionPage(page, (page[-1].instance_id, "") if len(rest) > limit else None)
 
 
+_IN_SERIES = (
+    "SELECT id, size, sop_instance_uid FROM instances"
+    " WHERE series_id = :series AND sop_instance_uid > :after AND created_sequence <= :cutoff"
+    " AND (deleted_sequence = 0 OR deleted_sequence > :cutoff) ORDER BY sop_instance_uid LIMIT :most"
+)
+
+
+def _in_series_meeting(conditions: Sequence[Condition]) -> sa.Select[tuple[int, int, str]]:
+    """The same with conditions."""
+    return (
+        sa.select(instances.c.id, instances.c.size, instances.c.sop_instance_uid)
+        .where(
+            instances.c.series_id == sa.bindparam("series"),
+            instances.c.sop_instance_uid > sa.bindparam("after"),
+            _visible(sa.bindparam("cutoff", type_=sa.BigInteger)),
+            *map(looked_up, conditions),
+        )
+        .order_by(instances.c.sop_instance_uid)
+        .limit(sa.bindparam("most", type_=sa.Integer))
+    )
+
+
 def _select_series(
-    connection: sa.Connection, series_ids: list[int], cutoff: int, after: Cursor | None, limit: int
+    connection: sa.Connection,
+    series_ids: Sequence[int],
+    cutoff: int,
+    after: Cursor | None,
+    limit: int,
+    conditions: Sequence[Condition] = (),
 ) -> SelectionPage:
     """Walk the series in order of their internal id, each by SOP instance UID: the order of the unique index."""
     chosen: list[PlannedInstance] = []
     start_series, start_sop = after or (0, "")
+    meeting = _in_series_meeting(conditions) if conditions else None
     for series_id in series_ids[bisect_left(series_ids, start_series) :]:
-        rows = connection.exec_driver_sql(
-            "SELECT id, size, sop_instance_uid FROM instances"
-            " WHERE series_id = ? AND sop_instance_uid > ? AND created_sequence <= ?"
-            " AND (deleted_sequence = 0 OR deleted_sequence > ?) ORDER BY sop_instance_uid LIMIT ?",
-            (series_id, start_sop if series_id == start_series else "", cutoff, cutoff, limit - len(chosen)),
-        ).all()
+        values = {
+            "series": series_id,
+            "after": start_sop if series_id == start_series else "",
+            "cutoff": cutoff,
+            "most": limit - len(chosen),
+        }
+        if meeting is None:
+            rows: Sequence[Any] = connection.exec_driver_sql(_IN_SERIES, values).all()
+        else:
+            rows = connection.execute(meeting, values).all()
         chosen += [PlannedInstance(id_, size) for id_, size, _ in rows]
         if len(chosen) >= limit:
             return SelectionPage(chosen, (series_id, rows[-1][2]))

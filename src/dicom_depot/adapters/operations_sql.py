@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import zlib
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -13,12 +11,14 @@ import sqlalchemy as sa
 from dicom_depot.adapters.database import Database
 from dicom_depot.adapters.operation_limits import refuse_too_many
 from dicom_depot.adapters.operation_resume import begin_next_generation
+from dicom_depot.adapters.operation_sources import source_columns, source_of
 from dicom_depot.adapters.schema import CHUNK_STATUSES, operation_failures, operations
 from dicom_depot.adapters.schema import operation_chunks as chunks
 from dicom_depot.domain.errors import IdempotencyKeyReused
 from dicom_depot.domain.export import (
     ChunkOutcome,
     ClaimedChunk,
+    DecidedSource,
     ExportFailure,
     PlannedChunk,
     pack_ids,
@@ -33,6 +33,7 @@ from dicom_depot.domain.operation import (
     OperationError,
     OperationId,
     OperationStatus,
+    OperationType,
     unknown_operation,
 )
 from dicom_depot.ports import ChunkPosition, LogState, NewOperation, OperationLimits
@@ -49,33 +50,13 @@ class SqlOperations:
         self._limits = limits
 
     def create(self, operation: NewOperation) -> Operation:
-        now = _now()
         with self._database.write() as connection:
             if operation.idempotency_key is not None:
                 earlier = _by_key(connection, operation.idempotency_key, operation.fingerprint)
                 if earlier is not None:
                     return earlier
             refuse_too_many(connection, self._limits, operation.created_by)
-            connection.execute(
-                sa.insert(operations).values(
-                    id=operation.id,
-                    type="export",
-                    status=OperationStatus.NOT_STARTED,
-                    created_at=now,
-                    updated_at=now,
-                    cutoff=operation.cutoff,
-                    identifiers=_packed(operation.identifiers),
-                    destination=operation.destination,
-                    sealed_secret=operation.sealed_secret,
-                    fingerprint=operation.fingerprint,
-                    idempotency_key=operation.idempotency_key,
-                    is_planned=False,
-                    log_href=operation.log_href,
-                    log_etag=operation.log_etag,
-                    log_written_at=now,
-                    created_by=operation.created_by,
-                )
-            )
+            insert_operation(connection, operation)
             return _get(connection, operation.id)
 
     def ensure_room(self, created_by: str) -> None:
@@ -126,9 +107,13 @@ class SqlOperations:
             oldest: int | None = connection.execute(statement).scalar_one()
         return oldest
 
-    def identifiers(self, operation_id: OperationId) -> tuple[str, ...] | None:
-        packed = self._column(operation_id, operations.c.identifiers)
-        return None if packed is None else tuple(json.loads(zlib.decompress(packed)))
+    def source(self, operation_id: OperationId) -> DecidedSource:
+        columns = (operations.c.identifiers, operations.c.query, operations.c.series_ids)
+        with self._database.read() as connection:
+            row = connection.execute(sa.select(*columns).where(operations.c.id == operation_id)).one_or_none()
+        if row is None:
+            raise unknown_operation(operation_id)
+        return source_of(*row)
 
     def sealed_secret(self, operation_id: OperationId) -> str | None:
         sealed: str | None = self._column(operation_id, operations.c.sealed_secret)
@@ -396,8 +381,36 @@ class SqlOperations:
         return row[0]
 
 
+def insert_operation(connection: sa.Connection, operation: NewOperation) -> None:
+    """Within a transaction of the caller's."""
+    now = _now()
+    connection.execute(
+        sa.insert(operations).values(
+            id=operation.id,
+            type=operation.type,
+            status=OperationStatus.NOT_STARTED,
+            created_at=now,
+            updated_at=now,
+            cutoff=operation.cutoff,
+            destination=operation.destination,
+            sealed_secret=operation.sealed_secret,
+            fingerprint=operation.fingerprint,
+            idempotency_key=operation.idempotency_key,
+            is_planned=False,
+            log_href=operation.log_href,
+            log_etag=operation.log_etag,
+            log_written_at=now,
+            created_by=operation.created_by,
+            **({} if operation.query is None else {"query": dict(operation.query)}),
+            **source_columns(operation.source),
+        )
+    )
+
+
 _OPERATION_COLUMNS = (
     operations.c.id,
+    operations.c.type,
+    operations.c.query,
     operations.c.status,
     operations.c.created_at,
     operations.c.updated_at,
@@ -473,6 +486,7 @@ _RUNNABLE = (
 
 
 def _operation(row: Any) -> Operation:
+    type_ = OperationType(row.type)
     return Operation(
         id=OperationId(row.id),
         status=OperationStatus(row.status),
@@ -491,6 +505,8 @@ def _operation(row: Any) -> Operation:
         error=None if row.error_code is None else OperationError(row.error_code, row.error_message),
         created_by=row.created_by,
         generation=row.generation,
+        type=type_,
+        tag_paths=tuple(row.query["tags"]) if type_ is OperationType.REINDEX else (),
     )
 
 
@@ -545,10 +561,6 @@ def _insert_failures(
                 for failure in failures
             ],
         )
-
-
-def _packed(identifiers: Sequence[str] | None) -> bytes | None:
-    return None if identifiers is None else zlib.compress(json.dumps(list(identifiers)).encode())
 
 
 def _now() -> datetime:

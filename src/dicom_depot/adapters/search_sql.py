@@ -87,7 +87,12 @@ class SqlSearch:
     def snapshot(self, query: SearchQuery) -> tuple[int, array[int]]:
         with self._database.read() as connection:
             cutoff = connection.execute(sa.select(counters.c.value).where(counters.c.name == "sequence")).scalar_one()
-            statement = sa.select(series.c.id).where(*_series_conditions(query, is_walk=False))
+            conditions = _series_conditions(query, is_walk=False)
+            of_instances = _own(query, Level.INSTANCE, is_walk=False)
+            if of_instances:
+                met_in = sa.select(instances.c.series_id).where(instances.c.deleted_sequence == 0, *of_instances)
+                conditions.append(series.c.id.in_(met_in))
+            statement = sa.select(series.c.id).where(*conditions)
             return int(cutoff), array("q", sorted(connection.execute(statement).scalars()))
 
 
@@ -102,6 +107,9 @@ def _page(
         ids = sorted(connection.execute(statement).scalars(), reverse=True)
         if len(ids) <= GATHERED_MAX:
             return ids[offset : offset + limit], max(0, len(ids) - offset - limit)
+        begin = _beginning(connection, query)
+        if begin is not None:
+            bound = [key <= (begin if newest is None else min(begin, newest))]
     statement = (
         sa.select(key)
         .where(*_conditions(query, is_walk=True), *bound)
@@ -111,6 +119,15 @@ def _page(
     )
     ids = list(connection.execute(statement).scalars())
     return ids[:limit], None if len(ids) > limit else 0
+
+
+def _beginning(connection: sa.Connection, query: SearchQuery) -> int | None:
+    """The newest instance of all series that match: a walk over instances need not begin before it."""
+    if query.level is not Level.INSTANCE or all(each.attribute.level is Level.INSTANCE for each in query.conditions):
+        return None
+    statement = sa.select(sa.func.max(series.c.newest_id)).where(*_series_conditions(query, is_walk=False))
+    begin: int | None = connection.execute(statement).scalar_one()
+    return begin
 
 
 def _conditions(query: SearchQuery, *, is_walk: bool) -> list[_Condition]:
@@ -163,6 +180,25 @@ def condition_on(condition: Condition, *, is_walk: bool = False) -> _Condition:
         search_values.c.name == attribute.column, _matches(search_values.c.value, match)
     )
     return key.in_(owners)
+
+
+def looked_up(condition: Condition) -> _Condition:
+    """One condition on instances, for a statement that finds few of them otherwise and runs often: it costs a look at
+    each of these, and no more.
+    """
+    attribute, match = condition.attribute, condition.match
+    if attribute.held is Held.COLUMN:
+        return condition_on(condition, is_walk=True)
+    value = search_values.c.value
+    if isinstance(match, Words):
+        words = words_name(attribute.column)
+        return sa.and_(*(_has_value(words, *_begins_with(value, word)) for word in match.beginnings))
+    return _has_value(attribute.column, _matches(value, match))
+
+
+def _has_value(name: str, *conditions: _Condition) -> _Condition:
+    values = sa.exists().where(search_values.c.name == name, search_values.c.owner_id == instances.c.id, *conditions)
+    return values.correlate(instances)
 
 
 def _owners_of_word(attribute: Attribute, beginning: str) -> sa.Select[tuple[int]]:

@@ -93,7 +93,7 @@ class OperationReport:
         """Read the API's answer; members that this version does not know are left alone. Raises KeyError, ValueError,
         TypeError when it is none.
         """
-        results, error = body["results"], body.get("error")
+        results, error = body.get("results", _NO_RESULTS), body.get("error")
         return OperationReport(
             id=str(body["operationId"]),
             status=str(body["status"]),
@@ -108,6 +108,10 @@ class OperationReport:
             error=None if error is None else OperationError(str(error["code"]), str(error["message"])),
             body=body,
         )
+
+
+_NO_RESULTS = {"exported": 0, "skipped": 0, "total": 0, "bytes": 0, "errorHref": ""}
+"""Of operations that export nothing."""
 
 
 class ServiceClient:

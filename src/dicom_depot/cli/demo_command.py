@@ -33,6 +33,7 @@ from rich.tree import Tree
 from dicom_depot.cli.client import OperationReport, ServiceClient
 from dicom_depot.cli.common import ExitCode, fail, out
 from dicom_depot.cli.export_command import export_body, parse_destination
+from dicom_depot.cli.export_source import listed_source
 from dicom_depot.cli.progress import OperationProgress
 from dicom_depot.codec.part10 import read_header
 from dicom_depot.config import PREFIX
@@ -138,9 +139,9 @@ class _Demo:
     def _export(self, url: str, given: _Given) -> OperationReport:
         _step("Export through the HTTP API: each study, and one identifier that is not stored")
         studies = list(dict.fromkeys(ref.study_uid for ref in given.checksums))
-        body = export_body([*studies, _NOT_STORED], parse_destination(f"file:{_FOLDER}", None))
+        body = export_body(listed_source([*studies, _NOT_STORED]), parse_destination(f"file:{_FOLDER}", None))
         shown = [*studies[:_SHOWN_STUDIES], *(["..."] if len(studies) > _SHOWN_STUDIES else []), _NOT_STORED]
-        shown_body = _json_lines(export_body(shown, body["destination"]))
+        shown_body = _json_lines(export_body(listed_source(shown), body["destination"]))
         _shell(f"curl {url}/v2/export -H 'Content-Type: application/json' -d '{shown_body}'")
         client = ServiceClient(url)
         try:

@@ -9,9 +9,8 @@ import getpass
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Annotated, Any, Protocol
 
 import typer
@@ -20,19 +19,19 @@ from rich.filesize import decimal
 from dicom_depot import wiring
 from dicom_depot.cli.client import OperationReference, OperationReport, ServiceClient, service_url
 from dicom_depot.cli.common import ExitCode, ServiceOption, TokenOption, err, fail, load_settings, print_json
+from dicom_depot.cli.export_source import STDIN, Asked, read_source
 from dicom_depot.cli.progress import OperationProgress, explained_answers, tell_end
 from dicom_depot.config import PREFIX, Settings
-from dicom_depot.domain.errors import InvalidIdentifier, InvalidRequest
+from dicom_depot.domain.errors import InvalidRequest
 from dicom_depot.domain.export import ExportSpecification
-from dicom_depot.domain.identifiers import parse_identifier
 from dicom_depot.domain.operation import OperationId
+from dicom_depot.domain.search import Level
 from dicom_depot.telemetry import set_up_logging
 from dicom_depot.web import bodies
 from dicom_depot.web.models import dry_run_result, operation_state
 
 DESTINATION_VARIABLE = PREFIX + "EXPORT_TO"
 
-_STDIN = "-"
 _FOLDER_SCHEME = "file:"
 _LOCAL_PAUSE_SECONDS = 0.25
 _UNMATCHED_SHOWN = 10
@@ -54,6 +53,26 @@ def export(
         ),
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="Export all that is stored.")] = False,
+    where: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE",
+            help="Export what a search finds now: an attribute and what it must match, e.g. Modality=CT or "
+            "StudyDate=20240101-20241231. Repeat it for more; all must match.",
+        ),
+    ] = None,
+    level: Annotated[
+        Level | None,
+        typer.Option(
+            metavar="LEVEL",
+            case_sensitive=False,
+            help="With --where: what must match and is exported whole: study, series or instance. Default: series, or "
+            "instance where an attribute needs it.",
+        ),
+    ] = None,
+    fuzzy: Annotated[
+        bool, typer.Option("--fuzzy", help="With --where: match the words of names by their beginnings.")
+    ] = False,
     to: Annotated[
         str | None,
         typer.Option(
@@ -99,7 +118,9 @@ def export(
     settings = load_settings(context)
     try:
         body = export_body(
-            _read_identifiers(identifiers or [], list_file, everything=everything, is_stdin_taken=to == _STDIN),
+            read_source(
+                Asked(identifiers or (), list_file, everything, where or (), level, fuzzy), is_stdin_taken=to == STDIN
+            ),
             parse_destination(read_destination(to), container, managed_identity=managed_identity),
         )
         if in_process and service is not None:
@@ -148,12 +169,9 @@ def wait_for_end(exports: Exports, operation_id: str, *, as_json: bool, is_local
     return tell_end(report, as_json=as_json)
 
 
-def export_body(identifiers: list[str] | None, destination: Mapping[str, Any]) -> dict[str, Any]:
+def export_body(source: Mapping[str, Any] | None, destination: Mapping[str, Any]) -> dict[str, Any]:
     """The request as the API takes it. None: everything."""
-    body: dict[str, Any] = {}
-    if identifiers is not None:
-        body["source"] = {"type": "identifiers", "settings": {"values": identifiers}}
-    return body | {"destination": destination}
+    return {"destination": destination} if source is None else {"source": source, "destination": destination}
 
 
 def parse_destination(text: str, container: str | None, *, managed_identity: bool = False) -> dict[str, Any]:
@@ -183,62 +201,12 @@ def parse_destination(text: str, container: str | None, *, managed_identity: boo
 
 
 def read_destination(to: str | None) -> str:
-    if to == _STDIN:
+    if to == STDIN:
         # A terminal must not show it; a pipe has it in its first line.
         to = getpass.getpass("Destination (not shown): ") if sys.stdin.isatty() else sys.stdin.readline()
     if to is None or not to.strip():
         raise InvalidRequest(f"Name the destination with --to or {DESTINATION_VARIABLE}: {_FORMS}.")
     return to.strip()
-
-
-def _read_identifiers(
-    given: list[str], list_file: str | None, *, everything: bool, is_stdin_taken: bool
-) -> list[str] | None:
-    """The identifiers, checked; None for everything, which must be asked for. Raises InvalidRequest."""
-    named = [text for text in given if text != _STDIN]
-    reads_stdin = len(named) < len(given) or list_file == _STDIN
-    if everything:
-        if given or list_file is not None:
-            raise InvalidRequest("Give either identifiers or --all, not both.")
-        return None
-    if not given and list_file is None:
-        raise InvalidRequest(
-            "Say what to export: identifiers (STUDY[/SERIES[/INSTANCE]]), --from FILE, or --all. Nothing is exported "
-            "by default, so that a forgotten argument does not copy a whole archive."
-        )
-    if reads_stdin and is_stdin_taken:
-        raise InvalidRequest(
-            "Identifiers and --to cannot both come from standard input: "
-            f"set {DESTINATION_VARIABLE}, or put the identifiers into a file (--from FILE)."
-        )
-    for text in named:
-        _check_identifier(text, "")
-    if list_file is not None and list_file != _STDIN:
-        try:
-            named += _parse_list(Path(list_file).read_text(encoding="utf-8").splitlines(), list_file)
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-            raise InvalidRequest(f"{list_file} cannot be read: {reason}.") from None
-    if reads_stdin:
-        named += _parse_list(sys.stdin, "standard input")
-    if not named:
-        raise InvalidRequest("The list has no identifiers. --all exports everything.")
-    return named
-
-
-def _parse_list(lines: Iterable[str], name: str) -> Iterator[str]:
-    for number, line in enumerate(lines, 1):
-        text = line.partition("#")[0].strip()
-        if text:
-            _check_identifier(text, f"{name}, line {number}: ")
-            yield text
-
-
-def _check_identifier(text: str, place: str) -> None:
-    try:
-        parse_identifier(text)
-    except InvalidIdentifier as error:
-        raise InvalidRequest(place + error.message) from None
 
 
 def _tell_dry_run(counted: dict[str, Any], *, as_json: bool) -> ExitCode:
@@ -247,6 +215,8 @@ def _tell_dry_run(counted: dict[str, Any], *, as_json: bool) -> ExitCode:
         print_json(counted)
     else:
         typer.echo(f"This would copy {counted['count']:,} instances, {decimal(counted['bytes'])}.")
+        if not counted["count"] and not unmatched:
+            typer.echo("Nothing that is stored matches.")
         if unmatched:
             typer.echo(f"Identifiers that match nothing and would be skipped: {len(unmatched):,}")
             for text in unmatched[:_UNMATCHED_SHOWN]:
@@ -291,7 +261,7 @@ class _LocalExports:
     ) -> OperationReport:
         while True:
             operation = self._service.exports.get(OperationId(operation_id))
-            report = OperationReport.parse(operation_state(operation, 2).to_json())
+            report = OperationReport.parse(operation_state(operation, 2, "").to_json())
             on_report(report)
             if report.is_ended:
                 return report
@@ -299,5 +269,6 @@ class _LocalExports:
 
     def _specification(self, body: Mapping[str, Any]) -> ExportSpecification:
         content = bodies.parse_json(json.dumps(body).encode())
-        identifiers = bodies.parse_source(content, self._service.settings.max_identifiers)
-        return ExportSpecification(identifiers, bodies.parse_destination(content, self._service.exports.destinations))
+        service = self._service
+        source = bodies.parse_source(content, service.settings.max_identifiers, service.searches.extended)
+        return ExportSpecification(source, bodies.parse_destination(content, service.exports.destinations))

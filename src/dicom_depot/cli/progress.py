@@ -129,6 +129,8 @@ def tell_end(report: OperationReport, *, as_json: bool) -> ExitCode:
         print_json(report.body)
     else:
         typer.echo(summary_text(report))
+        if report.status == "succeeded" and report.total == 0 and report.log_href:
+            typer.echo("Nothing that was stored when the export began matches.")
     if code is ExitCode.FAILED:
         reason = report.error
         fail("The export failed." if reason is None else f"{reason.message} ({reason.code})", code)

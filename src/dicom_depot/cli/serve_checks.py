@@ -1,13 +1,19 @@
-"""What is refused before the service listens: an address that lets strangers in, TLS files that do not work."""
+"""What is refused before the service listens: an address that lets strangers in, TLS files that do not work, a viewer
+that is none.
+"""
 
 from __future__ import annotations
 
 import ipaddress
+import re
 import socket
 import ssl
+from urllib.parse import urlsplit
 
 from dicom_depot.config import PREFIX, Settings
 from dicom_depot.domain.errors import ConfigurationError
+
+_PUBLIC_PATH = re.compile(r"""PUBLIC_URL\s*=\s*["']([^"']*)["']""")
 
 
 def check_exposure(settings: Settings, address: str | None = None) -> None:
@@ -41,6 +47,31 @@ def check_tls(settings: Settings) -> None:
             f"{PREFIX}TLS_CERT ({settings.tls_cert}) and {PREFIX}TLS_KEY ({settings.tls_key}) cannot be used: "
             f"{reason}. The first must hold the PEM certificate chain, the second its private key without a password."
         ) from None
+
+
+def check_viewer(settings: Settings) -> None:
+    """A build of OHIF holds the path that it is to lie under, in its first file and in others.
+
+    Raises ConfigurationError when the folder has no build, or one for another path.
+    """
+    if settings.viewer_dir is None:
+        return
+    index = settings.viewer_dir / "index.html"
+    try:
+        text = index.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise ConfigurationError(
+            f"{PREFIX}VIEWER_DIR: the folder {settings.viewer_dir} holds no viewer, its index.html cannot be read: "
+            f"{error.strerror}."
+        ) from None
+    wanted = urlsplit(settings.public_url or "").path + "/viewer/"
+    found = _PUBLIC_PATH.search(text)
+    if found is None or found[1] != wanted:
+        place = "is no page of OHIF" if found is None else f"expects to be served under {found[1]}"
+        raise ConfigurationError(
+            f"{PREFIX}VIEWER_DIR: {index} {place}. It must be a build of OHIF for {wanted}: made with "
+            f"PUBLIC_URL={wanted}, or npm's build as `make viewer` prepares it."
+        )
 
 
 def resolve_host(host: str) -> str:

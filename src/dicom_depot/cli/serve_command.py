@@ -102,6 +102,7 @@ def asgi_app() -> FastAPI:
             service.stores,
             service.retrieval,
             service.searches,
+            service.tags,
             service.changes,
         )
         _spare_garbage_collection()

@@ -104,6 +104,9 @@ _FRAMES = _Offer(
     is_pixel_data=True,
 )
 
+JPEG, PNG = "image/jpeg", "image/png"
+_RENDERED = {JPEG: JPEG, PNG: PNG, "image/*": JPEG, _ANYTHING: JPEG}
+
 _DICOM_JSON = frozenset({"application/dicom+json", "application/json", "application/*", _ANYTHING})
 
 _FRAME_MEDIA_TYPES = {
@@ -210,6 +213,28 @@ def choose_frames(accept: Sequence[str], offered: Collection[str]) -> RetrieveCh
     follows from its transfer syntax, see `frame_media_type`.
     """
     return _choose(_FRAMES, accept, offered)
+
+
+def choose_rendered(accept: Sequence[str], *, takes_several: bool = False) -> str:
+    """The media type of a rendered frame, JPEG or PNG; JPEG where nothing is asked for.
+
+    One value is taken, as the service whose API we keep does; with `takes_several` the best of all. Raises
+    NotAcceptable for whatever else there is, also when it cannot be read.
+    """
+    if _is_missing(accept):
+        return JPEG
+    offered = f"Offered: {JPEG} (also asked for as image/* or */*) and {PNG}."
+    members = [match[0] for value in accept for match in _MEMBER.finditer(value) if match[0].strip(" \t")]
+    if len(members) > 1 and not takes_several:
+        raise NotAcceptable(f"Accept must hold one media type for this resource. {offered}", target="Accept")
+    try:
+        wanted = parse_accept(accept)
+    except InvalidRequest as error:
+        raise NotAcceptable(f"{error.message} {offered}", target="Accept") from None
+    for each in wanted:
+        if each.name in _RENDERED:
+            return _RENDERED[each.name]
+    raise NotAcceptable(f"Accept holds nothing that this resource can be sent as. {offered}", target="Accept")
 
 
 def frame_media_type(transfer_syntax_uid: str) -> str:

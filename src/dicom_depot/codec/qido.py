@@ -23,6 +23,7 @@ from dicom_depot.domain.matching import (
     time_form,
     words_of,
 )
+from dicom_depot.domain.query_tags import QueryTag, TagStatus
 from dicom_depot.domain.search import (
     SEARCHABLE,
     SERIES_UID,
@@ -43,13 +44,13 @@ LIMIT_DEFAULT = 100
 LIMIT_MAX = 200
 OFFSET_MAX = 2**31 - 1
 VALUES_MAX = 1000
-"""How many UIDs one parameter may list."""
+"""How many values one parameter may list."""
 
 TagPath = tuple[int, ...]
 """An attribute by its tag, behind those of the sequences that it stands in."""
 
-Extended = Mapping[int, Attribute]
-"""The extended query tags that can be searched, by their tags."""
+Extended = Mapping[int, QueryTag]
+"""The extended query tags, by their tags."""
 
 _TEXT_VRS = frozenset({"AE", "AS", "CS", "LO", "PN", "SH"})
 _BY_PATH: dict[TagPath, Attribute] = {
@@ -135,7 +136,7 @@ def parse_filters(
     matched: dict[TagPath, str] = {}
     for name, value in filters:
         path = tag_path(name)
-        attribute = _BY_PATH.get(path) or (extended.get(path[0]) if len(path) == 1 else None)
+        attribute = _BY_PATH.get(path) or (_extended(name, extended.get(path[0])) if len(path) == 1 else None)
         if attribute is None or attribute.level not in levels:
             raise InvalidRequest(_not_searchable(name, attribute, levels), target=name[:200])
         if path in matched:
@@ -147,6 +148,22 @@ def parse_filters(
         if match is not None:
             conditions.append(Condition(attribute, match))
     return tuple(conditions), tuple(matched)
+
+
+def _extended(name: str, tag: QueryTag | None) -> Attribute | None:
+    if tag is None:
+        return None
+    if tag.status is not TagStatus.READY:
+        raise InvalidRequest(
+            f"The extended query tag {tag.path} is still being added by operation {tag.operation_id}.", target=name
+        )
+    if not tag.is_enabled:
+        raise InvalidRequest(
+            f"The extended query tag {tag.path} is disabled: {tag.error_count} instances could not be indexed by it. "
+            "Enable it to search without them.",
+            target=name,
+        )
+    return tag.attribute
 
 
 def tag_path(name: str) -> TagPath:
@@ -168,7 +185,7 @@ def _tag(part: str, name: str) -> int:
         if tag >> 16 & 1 or _is_in_dictionary(tag):
             return tag
         raise InvalidRequest(f"{_shown(part)} is the tag of no attribute of PS3.6.", target=name[:200])
-    found = tag_for_keyword(part)
+    found = tag_for_keyword(part) if part else None  # attributes without a keyword all have the empty one
     if found is not None:
         return int(found)
     near = _KEYWORDS.get(part.lower())
@@ -221,8 +238,12 @@ def _match(attribute: Attribute, name: str, value: str, *, is_fuzzy: bool) -> Ma
     form = folded_name(value) if vr == "PN" else folded(value)
     if vr in _TEXT_VRS and ("*" in form or "?" in form):
         return Pattern(re.sub(r"\*+", "*", form))
-    if vr in _TEXT_VRS and "\\" in form:
-        forms = [form_of(vr, part) for part in value.split("\\")]
+    # No text holds a backslash and no code string a comma: viewers list modalities with either.
+    if vr in _TEXT_VRS and ("\\" in form or (vr == "CS" and "," in form)):
+        parts = re.split(r"[,\\]" if vr == "CS" else r"\\", value, maxsplit=VALUES_MAX)
+        if len(parts) > VALUES_MAX:
+            raise InvalidRequest(f"{name}: at most {VALUES_MAX} values can be listed.", target=name)
+        forms = [form_of(vr, part) for part in parts]
         return Exactly(tuple(each for each in forms if each is not None))
     exact = form_of(vr, value)
     if exact is None:

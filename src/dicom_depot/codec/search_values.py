@@ -5,6 +5,8 @@ gives, and the values of extended query tags.
 from __future__ import annotations
 
 import json
+import math
+import re
 import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -18,14 +20,22 @@ from dicom_depot.domain.search import ATTRIBUTES, REQUEST_ATTRIBUTES, Attribute
 
 _GROUPS = ("Alphabetic", "Ideographic", "Phonetic")
 _LINK_MARK = b"\x01"
+_INTEGER = re.compile(r"[+-]?[0-9]{1,19}(?:\.0*)?", re.ASCII)
 
 DicomJson = Mapping[str, Mapping[str, Any]]
 
 
 def loads(packed: bytes) -> dict[str, dict[str, Any]]:
     """The JSON object that is packed in `Metadata.dicom_json`, its links relative to the instance."""
-    content: dict[str, dict[str, Any]] = json.loads(zlib.decompress(packed).replace(_LINK_MARK, b""))
+    text = zlib.decompress(packed).replace(_LINK_MARK, b"")
+    content: dict[str, dict[str, Any]] = json.loads(text, parse_float=_number)
     return content
+
+
+def _number(text: str) -> float | str:
+    """What is too large for a number stays text: JSON has no infinity."""
+    number = float(text)
+    return number if math.isfinite(number) else text
 
 
 def columns_of(content: DicomJson) -> AttributeValues:
@@ -63,10 +73,13 @@ def _joined(texts: Iterable[str]) -> str | None:
 
 
 def _integer(element: Mapping[str, Any] | None) -> int | None:
+    """Of the first value, as `codec.values.decode_integer` reads it."""
     first = next(iter((element or {}).get("Value", ())), None)
-    try:
-        number = int(first)  # type: ignore[arg-type]  # whatever it is, it may be none
-    except (TypeError, ValueError, OverflowError):
+    if isinstance(first, int | float) and first == first // 1:
+        number = int(first)
+    elif isinstance(first, str) and _INTEGER.fullmatch(first):
+        number = int(first.partition(".")[0])
+    else:
         return None
     return number if -(2**63) <= number < 2**63 else None
 
@@ -74,8 +87,8 @@ def _integer(element: Mapping[str, Any] | None) -> int | None:
 def _text(value: Any) -> str:
     if isinstance(value, dict):
         groups = [str(value.get(group, "")) for group in _GROUPS]
-        return "=".join(groups).rstrip("=")
-    return "" if value is None else str(value).strip(" \0")
+        value = "=".join(groups).rstrip("=")
+    return "" if value is None else str(value).replace("\0", "").strip(" ")
 
 
 def tag_values(tag: NewQueryTag, content: DicomJson) -> tuple[list[str], str | None]:

@@ -103,6 +103,21 @@ def frames(content: bytes, numbers: Sequence[int], target: str, *, bytes_max: in
         raise NotTranscodable("its pixel data or data set is broken") from None
 
 
+def decoded_frame(content: bytes, number: int, *, bytes_max: int = BYTES_MAX) -> tuple[File, Image, Cells]:
+    """The data set, one frame's cells, and the image that they are: colour by pixel, on the full grid; floats as such.
+
+    Raises FrameNotFound, NotTranscodable, and whatever decoders raise for broken data.
+    """
+    file = _read(read_head(content, bytes_max))
+    if file.pixel_data is None:
+        raise FrameNotFound("This instance has no pixel data.", target="frames")
+    source = _Source(file, bytes_max)
+    if not 1 <= number <= source.image.frames:
+        raise FrameNotFound(f"There is no frame {number}: this instance has {source.image.frames}.", target="frames")
+    cells = source.cells(number - 1)
+    return file, source.image.decoded, cells.view(f"<f{cells.dtype.itemsize}") if source.is_float else cells
+
+
 def _transcode(content: bytes, target: str, bytes_max: int) -> bytes:
     _check_target(target)
     head = read_head(content, bytes_max)

@@ -5,7 +5,8 @@
     │   ├── InvalidIdentifier     not <study>[/<series>[/<instance>]]
     │   ├── DestinationRefused    the destination is not allowed, unreachable or not writable
     │   ├── PayloadTooLarge       a body over its limit
-    │   └── UnsupportedMediaType  a body of the wrong content type
+    │   ├── UnsupportedMediaType  a body of the wrong content type
+    │   └── TagBusy               an extended query tag is being added
     ├── Unauthenticated           no bearer token, or one that is not accepted
     ├── Forbidden                 the caller's roles do not allow the action
     ├── TooManyOperations         a limit of operations at the same time
@@ -18,7 +19,10 @@
     ├── Conflict                  the resource is not in a state that allows the request
     │   ├── DestinationDiffers    a resumed operation goes on where it began
     │   ├── SecretErased          what signed the operation in is gone; the caller must give it again
-    │   └── InstancesSwept        instances that an operation still needs are gone for good
+    │   ├── InstancesSwept        instances that an operation still needs are gone for good
+    │   ├── QueryTagGone          an extended query tag that an export's query names was removed
+    │   ├── TagExists             an extended query tag is there already
+    │   └── ReindexRunning        another operation adds extended query tags
     ├── IdempotencyKeyReused      same Idempotency-Key, another specification
     ├── NotDicom / BrokenInstance a file that cannot be stored, and why
     ├── StorageFull               no space left where the service keeps its data
@@ -155,6 +159,34 @@ class InstancesSwept(Conflict):
     """Instances that the operation planned were deleted and swept after it ended."""
 
     code = "InstancesSwept"
+
+
+class QueryTagGone(Conflict):
+    """The query of an export names an extended query tag that was removed: what it matches can no longer be told."""
+
+    code = "QueryTagGone"
+
+
+class TagExists(Conflict):
+    """An extended query tag is there already."""
+
+    code = "TagExists"
+
+
+class ReindexRunning(Conflict):
+    """Another operation indexes at present: `operation_id`."""
+
+    code = "ReindexRunning"
+
+    def __init__(self, message: str, *, target: str | None = None, operation_id: str = "") -> None:
+        super().__init__(message, target=target)
+        self.operation_id = operation_id
+
+
+class TagBusy(InvalidRequest):
+    """An extended query tag is being added."""
+
+    code = "TagBusy"
 
 
 class IdempotencyKeyReused(DepotError):

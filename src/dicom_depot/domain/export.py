@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, NamedTuple
 
 from dicom_depot.domain.identifiers import InstanceRef, Ref, SeriesRef, StudyRef, parent_refs
 from dicom_depot.domain.operation import OperationId
+from dicom_depot.domain.search import Level
 
 LOG_NAME = "errors.log"
 
@@ -39,18 +40,70 @@ class DestinationSpec:
 
 
 @dataclass(frozen=True, slots=True)
-class ExportSpecification:
-    """What to export and where to. `identifiers` None means everything that the service holds."""
+class Everything:
+    """All that the service holds."""
 
-    identifiers: tuple[Ref, ...] | None
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """What lies below any of these identifiers."""
+
+    identifiers: tuple[Ref, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Matching:
+    """All instances of the studies or series that meet a query, or the instances that do: by `level`.
+
+    `filters` are as they were given, attribute to value as in QIDO-RS (PS3.18 section 8.3.4.1), and were understood.
+    """
+
+    level: Level
+    filters: Mapping[str, str]
+    is_fuzzy: bool = False
+
+
+Source = Everything | Listed | Matching
+"""What a caller wants exported."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """A query, answered as of the cut-off.
+
+    `series_ids` are internal ids, rising: all that is exported lies in these series. `tag_ids` are those of the
+    extended query tags that the query meant: a tag that is added again later is another one.
+    """
+
+    asked: Matching
+    series_ids: Sequence[int]
+    tag_ids: tuple[int, ...] = ()
+
+
+DecidedSource = Everything | Listed | Answered
+"""What an operation exports, as it was decided with the cut-off."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExportSpecification:
+    """What to export and where to."""
+
+    source: Source
     destination: DestinationSpec
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) that is equal for equal specifications, secrets included; used for idempotency keys."""
         canonical: dict[str, Any] = {
-            "identifiers": None if self.identifiers is None else [str(ref) for ref in self.identifiers],
+            "identifiers": None,
             "destination": [self.destination.type, self.destination.public, self.destination.secret],
         }
+        match self.source:
+            case Everything():
+                pass
+            case Listed(identifiers):
+                canonical["identifiers"] = [str(ref) for ref in identifiers]
+            case Matching(level, filters, is_fuzzy):
+                canonical["query"] = [level, dict(filters), is_fuzzy]
         return hashlib.sha256(json.dumps(canonical, sort_keys=True).encode()).hexdigest()
 
 

@@ -20,10 +20,14 @@ from dicom_depot.domain.search import Attribute, Held, Level, attributes_of
 TEXT_CHARACTERS_MAX = 1024
 """How much of a text is compared."""
 
-_DATE = re.compile(r"(\d{4})\.?(\d{2})\.?(\d{2})", re.ASCII)
-_TIME = re.compile(r"(\d{2})(?::?(\d{2})(?::?(\d{2})(?:\.(\d{1,6}))?)?)?", re.ASCII)
+_MONTH, _DAY = r"0[1-9]|1[0-2]", r"0[1-9]|[12]\d|3[01]"
+_HOUR, _MINUTE, _SECOND = r"[01]\d|2[0-3]", r"[0-5]\d", r"[0-5]\d|60"
+_DATE = re.compile(rf"(\d{{4}})(\.?)({_MONTH})\2({_DAY})", re.ASCII)
+_TIME = re.compile(rf"({_HOUR})(?::?({_MINUTE})(?::?({_SECOND})(?:\.(\d{{1,6}}))?)?)?", re.ASCII)
 _DATE_TIME = re.compile(
-    r"(\d{4}(?:\d{2}(?:\d{2}(?:\d{2}(?:\d{2}(?:\d{2}(?:\.\d{1,6})?)?)?)?)?)?)(?:[+-]\d{4})?", re.ASCII
+    rf"(\d{{4}}(?:(?:{_MONTH})(?:(?:{_DAY})(?:(?:{_HOUR})(?:(?:{_MINUTE})(?:(?:{_SECOND})(?:\.\d{{1,6}})?)?)?)?)?)?)"
+    r"(?:[+-]\d{4})?",
+    re.ASCII,
 )
 _INTEGER = re.compile(r"[+-]?\d{1,19}", re.ASCII)
 _FLOAT = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,4})?", re.ASCII)
@@ -40,8 +44,11 @@ TIME_VRS = frozenset({"DA", "TM", "DT"})
 def folded(text: str) -> str:
     """Text as it is compared: without padding, without letter case."""
     text = text.strip(" \0")
-    text = text.lower() if text.isascii() else unicodedata.normalize("NFKC", text).casefold()
-    return text[:TEXT_CHARACTERS_MAX]
+    if text.isascii():
+        return text.lower()[:TEXT_CHARACTERS_MAX]
+    # Twice: folding composes some characters differently than it found them.
+    text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    return text.strip(" ")[:TEXT_CHARACTERS_MAX]
 
 
 def folded_name(text: str) -> str:
@@ -64,7 +71,7 @@ def words_of(text: str) -> list[str]:
 def date_form(text: str) -> str | None:
     """YYYYMMDD; also of the dotted form of ACR-NEMA."""
     found = _DATE.fullmatch(text)
-    return None if found is None else "".join(found.groups())
+    return None if found is None else "".join(found.group(1, 3, 4))
 
 
 def time_form(text: str, filler: str = "0") -> str | None:
@@ -92,7 +99,8 @@ def form_of(vr: str, text: str) -> str | int | None:
     if vr == "DT":
         return date_time_form(text)
     if vr in _INTEGER_VRS:
-        return int(text) if _INTEGER.fullmatch(text) else None
+        number = int(text) if _INTEGER.fullmatch(text) else None
+        return number if number is not None and -(2**63) <= number < 2**63 else None
     if vr in _FLOAT_VRS:
         return _float_form(vr, text)
     return (folded_name(text) if vr == "PN" else folded(text)) or None
@@ -111,12 +119,14 @@ def _float_form(vr: str, text: str) -> str | None:
 
 
 def column_form(attribute: Attribute, value: str | int | None) -> str | int | None:
-    """What the column of an attribute holds: a form, or of values that are held apart the text with all of them."""
+    """What the column of an attribute holds: the form of its first value, or of values that are held apart the text
+    with all of them.
+    """
     if value is None or attribute.is_integer:
         return value
     if attribute.held is Held.VALUES:
         return str(value)
-    return form_of(attribute.vr, str(value))
+    return form_of(attribute.vr, str(value).split("\\", 1)[0])
 
 
 _HELD_APART = {level: tuple(each for each in attributes_of(level) if each.held is Held.VALUES) for level in Level}

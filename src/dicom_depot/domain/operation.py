@@ -22,6 +22,14 @@ OperationId = NewType("OperationId", str)
 """32 lower-case hexadecimal digits: the first segment of every key that the operation writes."""
 
 
+class OperationType(StrEnum):
+    """What an operation does. Stored spellings, and the wire's: only ever added to."""
+
+    EXPORT = "export"
+    REINDEX = "reindex"
+    """Makes instances that are stored already searchable by new extended query tags."""
+
+
 class OperationStatus(StrEnum):
     """Stored spellings: only ever added to."""
 
@@ -79,10 +87,11 @@ class OperationError:
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One export operation as the store holds it, without its secret.
+    """One operation as the store holds it, without its secret.
 
     `total` counts the instances and the unmatched identifiers planned so far; it is final once `is_planned`.
-    `bytes_exported` and `bytes_total` are bytes of instances. Times are UTC.
+    `exported` counts the instances that were copied, or indexed. `bytes_exported` and `bytes_total` are bytes of
+    instances. Times are UTC. Of an operation that indexes, destination and log are empty.
     """
 
     id: OperationId
@@ -105,6 +114,9 @@ class Operation:
     """The creator's `Caller.key`."""
     generation: int = 1
     """1 at first, and one more for each resume."""
+    type: OperationType = OperationType.EXPORT
+    tag_paths: tuple[str, ...] = ()
+    """The extended query tags that it indexes."""
 
     @property
     def percent_complete(self) -> int:

@@ -55,7 +55,3 @@ class QueryTag(NewQueryTag):
     def attribute(self) -> Attribute:
         """What queries name."""
         return Attribute(self.path, self.tag, self.vr, self.level, f"tag:{self.id}", held=Held.VALUES)
-
-    @property
-    def is_searchable(self) -> bool:
-        return self.status is TagStatus.READY and self.is_enabled

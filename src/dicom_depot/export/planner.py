@@ -8,21 +8,37 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import assert_never
 
-from dicom_depot.domain.export import ExportFailure, PlannedChunk, PlannedInstance, Selection, select
-from dicom_depot.domain.identifiers import InstanceRef, Ref, SeriesRef, StudyRef, parse_identifier
+from dicom_depot.codec.qido import Extended, SearchResource, parse_filters
+from dicom_depot.domain.errors import QueryTagGone
+from dicom_depot.domain.export import (
+    Answered,
+    DecidedSource,
+    Everything,
+    ExportFailure,
+    Listed,
+    Matching,
+    PlannedChunk,
+    PlannedInstance,
+    Selection,
+    Source,
+    select,
+)
+from dicom_depot.domain.identifiers import InstanceRef, Ref, SeriesRef, StudyRef
 from dicom_depot.domain.operation import OperationId
-from dicom_depot.ports import ChunkPosition, InstanceIndex, OperationStore
+from dicom_depot.domain.query_tags import QueryTag, TagStatus
+from dicom_depot.domain.search import Condition, Level, SearchQuery
+from dicom_depot.ports import ChunkPosition, InstanceIndex, OperationStore, QueryTags, SearchIndex, SelectionPage
 
 UNMATCHED_CODE = "NotFound"
 
 _CHUNKS_IN_PAGE = 10
 _REFS_IN_PAGE = 2000
-_SELECTIONS_KEPT = 4
+_CHOSEN_KEPT = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,27 +50,71 @@ class DryRun:
     unmatched: tuple[Ref, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What an export that begins now copies: what `source` names, as it was at the cut-off."""
+
+    cutoff: int
+    source: DecidedSource
+
+
+@dataclass(frozen=True, slots=True)
+class _InSeries:
+    """What is left of a query that was answered: the series, and what each of their instances must meet."""
+
+    series_ids: Sequence[int]
+    conditions: tuple[Condition, ...]
+    tag_ids: tuple[int, ...]
+
+
+_Chosen = Everything | Selection | _InSeries
+
+
 @dataclass(slots=True)
 class Planner:
     """Plans operations. `chunk_instances` and `chunk_bytes` bound a chunk (one instance may exceed the bytes)."""
 
     index: InstanceIndex
+    search: SearchIndex
+    tags: QueryTags
     operations: OperationStore
     chunk_instances: int
     chunk_bytes: int
-    _selections: dict[OperationId, Selection | None] = field(default_factory=dict)
+    _chosen: dict[OperationId, _Chosen] = field(default_factory=dict)
     _choosing: threading.Lock = field(default_factory=threading.Lock)
+
+    def decide(self, source: Source) -> Decision:
+        """Read the cut-off. A query is answered in the same moment, as far as its answer could change: what studies and
+        series say is what their newest instances say. What instances say never changes, and is looked at page by page.
+
+        Raises InvalidRequest, QueryTagGone.
+        """
+        match source:
+            case Everything() | Listed():
+                return Decision(self.index.sequence(), source)
+            case Matching():
+                tags = self.tags.all()
+                conditions = _conditions(source, {tag.tag: tag for tag in tags})
+                cutoff, series_ids = self.search.snapshot(SearchQuery(source.level, conditions))
+                named = {condition.attribute.column for condition in conditions}
+                tag_ids = tuple(tag.id for tag in tags if tag.attribute.column in named)
+                self._present(tag_ids)
+                return Decision(cutoff, Answered(source, series_ids, tag_ids))
+            case _:
+                assert_never(source)
 
     def plan_page(self, operation_id: OperationId, generation: int) -> int | None:
         """Plan the next page of an operation; returns the number of its first chunk, None when nothing was planned
         because planning is complete, somebody else is planning, or the operation no longer runs in this generation.
+
+        Raises QueryTagGone.
         """
         position = self.operations.plan_position(operation_id)
         if position.is_planned or position.generation != generation:
-            self._selections.pop(operation_id, None)
+            self._chosen.pop(operation_id, None)
             return None
         cutoff = self.operations.get(operation_id).cutoff
-        page = self._next_page(self._selection(operation_id), cutoff, _Place.parse(position.resume))
+        page = self._next_page(self._recall(operation_id), cutoff, _Place.parse(position.resume))
         chunks = list(cut(page.instances, self.chunk_instances, self.chunk_bytes))
         failures: list[list[ExportFailure]] = [[] for _ in chunks]
         if page.unmatched:
@@ -69,17 +129,17 @@ class Planner:
         saved = self.operations.save_plan(operation_id, position, chunks, failures, following)
         return position.next_number if saved else None
 
-    def dry_run(self, identifiers: Sequence[Ref] | None) -> DryRun:
-        """Count what would be exported now, without recording anything."""
-        cutoff = self.index.sequence()
-        if identifiers is None:
-            count, size = self.index.totals(cutoff)
-            return DryRun(count, size, ())
+    def dry_run(self, source: Source) -> DryRun:
+        """Count what would be exported now, without recording anything. Raises as `decide`."""
+        decision = self.decide(source)
+        chosen = self._choose(decision.source)
+        if isinstance(chosen, Everything):
+            return DryRun(*self.index.totals(decision.cutoff), ())
         count = size = 0
         unmatched: list[Ref] = []
-        selection, place = select(identifiers), _Place()
+        place = _Place()
         while True:
-            page = self._next_page(selection, cutoff, place)
+            page = self._next_page(chosen, decision.cutoff, place)
             count += len(page.instances)
             size += sum(instance.size for instance in page.instances)
             unmatched.extend(page.unmatched)
@@ -87,24 +147,65 @@ class Planner:
                 return DryRun(count, size, tuple(unmatched))
             place = page.following
 
-    def _selection(self, operation_id: OperationId) -> Selection | None:
-        with self._choosing:
-            if operation_id in self._selections:
-                return self._selections[operation_id]
-        texts = self.operations.identifiers(operation_id)
-        selection = None if texts is None else select(map(parse_identifier, texts))
-        with self._choosing:
-            while len(self._selections) >= _SELECTIONS_KEPT:
-                self._selections.pop(next(iter(self._selections)), None)
-            self._selections[operation_id] = selection
-        return selection
+    def require_plannable(self, operation_id: OperationId) -> None:
+        """Raises QueryTagGone where planning could not go on."""
+        self._choose(self.operations.source(operation_id))
 
-    def _next_page(self, selection: Selection | None, cutoff: int, place: _Place) -> _Page:
+    def _recall(self, operation_id: OperationId) -> _Chosen:
+        with self._choosing:
+            if operation_id in self._chosen:
+                return self._chosen[operation_id]
+        chosen = self._choose(self.operations.source(operation_id))
+        with self._choosing:
+            while len(self._chosen) >= _CHOSEN_KEPT:
+                self._chosen.pop(next(iter(self._chosen)), None)
+            self._chosen[operation_id] = chosen
+        return chosen
+
+    def _choose(self, source: DecidedSource) -> _Chosen:
+        match source:
+            case Everything():
+                return source
+            case Listed(identifiers):
+                return select(identifiers)
+            case Answered(asked, series_ids, tag_ids):
+                # One that was disabled since still has all of its values.
+                tags = (replace(tag, status=TagStatus.READY, is_enabled=True) for tag in self._present(tag_ids))
+                extended = {tag.tag: tag for tag in tags}
+                conditions = _conditions(asked, extended)
+                of_instances = tuple(each for each in conditions if each.attribute.level is Level.INSTANCE)
+                return _InSeries(series_ids, of_instances, tag_ids)
+            case _:
+                assert_never(source)
+
+    def _present(self, tag_ids: Collection[int]) -> list[QueryTag]:
+        """The tags that a query meant. A tag goes before its values do: if it is there after they were read, they were
+        all there. Raises QueryTagGone.
+        """
+        found = [tag for tag in self.tags.all() if tag.id in tag_ids] if tag_ids else []
+        if len(found) < len(tag_ids):
+            raise QueryTagGone(
+                "The query names an extended query tag that was removed since: what it matches can no longer be told. "
+                "Start a new export.",
+                target="source.settings.filters",
+            )
+        return found
+
+    def _next_page(self, chosen: _Chosen, cutoff: int, place: _Place) -> _Page:
         limit = _CHUNKS_IN_PAGE * self.chunk_instances
-        if selection is None:
-            everything = self.index.select(None, cutoff, place.after, limit)
-            following = _Place(after=everything.resume_after) if everything.resume_after else None
-            return _Page(everything.instances, [], following)
+        match chosen:
+            case Everything():
+                return _page(self.index.select(None, cutoff, place.after, limit))
+            case _InSeries(series_ids, conditions, tag_ids):
+                found = self.index.select_in_series(series_ids, conditions, cutoff, place.after, limit)
+                self._present(tag_ids)
+                return _page(found)
+            case Selection():
+                return self._next_of_listed(chosen, cutoff, place, limit)
+            case _:
+                assert_never(chosen)
+
+    def _next_of_listed(self, selection: Selection, cutoff: int, place: _Place, limit: int) -> _Page:
         if place.planned < len(selection.planned):
             refs = _of_one_kind(selection.planned, place.planned)
             unmatched = self.index.unmatched(refs, cutoff) if place.after is None else []
@@ -146,6 +247,18 @@ class _Page:
     instances: Sequence[PlannedInstance]
     unmatched: Sequence[Ref]
     following: _Place | None
+
+
+def _page(found: SelectionPage) -> _Page:
+    """A page of what needs no identifiers to be looked up."""
+    return _Page(found.instances, [], _Place(after=found.resume_after) if found.resume_after else None)
+
+
+def _conditions(asked: Matching, extended: Extended) -> tuple[Condition, ...]:
+    """What a query's filters mean. Raises InvalidRequest."""
+    levels = SearchResource(asked.level).levels
+    conditions, _ = parse_filters(asked.filters.items(), levels, extended, is_fuzzy=asked.is_fuzzy)
+    return conditions
 
 
 def cut(instances: Sequence[PlannedInstance], count_max: int, bytes_max: int) -> Iterator[PlannedChunk]:

@@ -26,8 +26,9 @@ from dicom_depot.domain.errors import (
     SourceFault,
 )
 from dicom_depot.domain.export import DestinationSpec
-from dicom_depot.domain.operation import Operation, OperationId, OperationStatus, unknown_operation
+from dicom_depot.domain.operation import Operation, OperationId, OperationStatus, OperationType, unknown_operation
 from dicom_depot.export.error_log import ErrorLog
+from dicom_depot.export.planner import Planner
 from dicom_depot.export.service import begin
 from dicom_depot.export.trail import NO_TRAIL, record_resume
 from dicom_depot.ports import (
@@ -57,6 +58,7 @@ class ResumeService:
     operations: OperationStore
     destinations: DestinationFactory
     secrets: SecretBox
+    planner: Planner
     engine: DurableEngine
     hold_sweeps: Callable[[], AbstractContextManager[None]]
     audit: AuditTrail = NO_TRAIL
@@ -70,7 +72,7 @@ class ResumeService:
 
         given: the operation's destination once more, needed where a secret was erased. Raises NotFound (also for an
         operation that the caller may not see), Conflict, DestinationDiffers, SecretErased, InstancesSwept,
-        DestinationRefused, TooManyOperations; the operation then stays as it is.
+        QueryTagGone, DestinationRefused, TooManyOperations; the operation then stays as it is.
         """
         operation = self.operations.get(operation_id)
         if not caller.may_see(operation.created_by):
@@ -79,10 +81,10 @@ class ResumeService:
             operation = self.operations.get(operation_id)
             _require_ended_early(operation)
             self._require_instances(operation)
-            spec = _destination(operation, given)
+            if not operation.is_planned:
+                self.planner.require_plannable(operation_id)
             self.operations.ensure_room(operation.created_by)
-            self._prove_writable(operation_id, spec)
-            sealed = None if spec.secret is None else self.secrets.seal(spec.secret, operation_id)
+            sealed = self._signed_in(operation, given) if operation.type is OperationType.EXPORT else None
             resumed = self.operations.resume(operation_id, operation.generation, sealed)
             if resumed is None:  # another process was faster
                 _require_ended_early(self.operations.get(operation_id))
@@ -131,6 +133,12 @@ class ResumeService:
                 return False
             raise ServiceUnavailable(f"The store cannot be read: {fault.message}") from fault
         return True
+
+    def _signed_in(self, operation: Operation, given: DestinationSpec | None) -> str | None:
+        """Prove that the destination can be written to, and return its secret, sealed."""
+        spec = _destination(operation, given)
+        self._prove_writable(operation.id, spec)
+        return None if spec.secret is None else self.secrets.seal(spec.secret, operation.id)
 
     def _prove_writable(self, operation_id: OperationId, spec: DestinationSpec) -> None:
         destination = self.destinations.open(spec)

@@ -24,8 +24,8 @@ from dicom_depot.domain.errors import (
     ServiceUnavailable,
     StorageFull,
 )
-from dicom_depot.domain.export import DestinationSpec
-from dicom_depot.domain.operation import Operation, OperationError, OperationId, OperationStatus
+from dicom_depot.domain.export import ClaimedChunk, DestinationSpec
+from dicom_depot.domain.operation import Operation, OperationError, OperationId, OperationStatus, OperationType
 from dicom_depot.export.copier import CopyPool, ExportWatch, copy_chunk
 from dicom_depot.export.error_log import ErrorLog, is_untouched
 from dicom_depot.export.planner import Planner
@@ -37,6 +37,7 @@ from dicom_depot.ports import (
     DestinationFactory,
     InstanceIndex,
     OperationStore,
+    Reindexer,
     SecretBox,
 )
 
@@ -80,6 +81,7 @@ class ExportRunner:
         secrets: SecretBox,
         planner: Planner,
         pool: CopyPool,
+        reindexer: Reindexer,
         retry_seconds: float,
         window: int,
         audit: AuditTrail = NO_TRAIL,
@@ -92,6 +94,7 @@ class ExportRunner:
         self._secrets = secrets
         self._planner = planner
         self._pool = pool
+        self._reindexer = reindexer
         self._retry_seconds = retry_seconds
         self._window = window
         self._audit = audit
@@ -188,30 +191,50 @@ class ExportRunner:
     def _run_chunk(self, operation_id: OperationId, generation: int, number: int) -> list[int]:
         chunk = self._operations.claim_chunk(operation_id, generation, number)
         if chunk is not None:
-            opened = self._opened(operation_id, generation)
-            objects = self._index.fetch(chunk.instance_ids)
-            if len(objects) != len(chunk.instance_ids):
-                raise RuntimeError("index rows of planned instances are missing")
-            outcome, fault = copy_chunk(
-                operation_id, objects, self._store, opened.destination, self._pool, opened.watch
-            )
-            if self._closed.is_set() and not outcome.is_complete:
-                raise Interrupted
-            if fault is not None:
-                self._fail(operation_id, generation, OperationError(fault.code, fault.message))
-            self._operations.commit_chunk(chunk, outcome)
-            if outcome.failures and outcome.is_complete:
-                opened.log.refresh()
+            match self._operations.get(operation_id).type:
+                case OperationType.EXPORT:
+                    self._copy_chunk(chunk, generation)
+                case OperationType.REINDEX:
+                    self._index_chunk(chunk)
         if not self._is_current(operation_id, generation):
             return []
         following = number + self._window
         return self._operations.runnable(operation_id, self._window, following, following)
 
+    def _copy_chunk(self, chunk: ClaimedChunk, generation: int) -> None:
+        operation_id = chunk.operation_id
+        opened = self._opened(operation_id, generation)
+        objects = self._index.fetch(chunk.instance_ids)
+        if len(objects) != len(chunk.instance_ids):
+            raise RuntimeError("index rows of planned instances are missing")
+        outcome, fault = copy_chunk(operation_id, objects, self._store, opened.destination, self._pool, opened.watch)
+        if self._closed.is_set() and not outcome.is_complete:
+            raise Interrupted
+        if fault is not None:
+            self._fail(operation_id, generation, OperationError(fault.code, fault.message))
+        self._operations.commit_chunk(chunk, outcome)
+        if outcome.failures and outcome.is_complete:
+            opened.log.refresh()
+
+    def _index_chunk(self, chunk: ClaimedChunk) -> None:
+        def is_stopped() -> bool:
+            if self._closed.is_set():
+                raise Interrupted
+            statuses = self._operations.statuses([chunk.operation_id])
+            return statuses.get(chunk.operation_id) is not OperationStatus.RUNNING
+
+        outcome = self._reindexer.index(chunk.operation_id, chunk.instance_ids, is_stopped)
+        self._operations.commit_chunk(chunk, outcome)
+
     def _finish(self, operation_id: OperationId, generation: int, ended: list[Operation]) -> bool:
         """True when the operation has ended, which is then added to `ended`; false when it must not yet."""
         if not self._is_current(operation_id, generation) or not self._operations.is_settled(operation_id):
             return False
-        if not is_untouched(self._operations.log_state(operation_id)):
+        before = self._operations.get(operation_id)
+        if before.type is OperationType.REINDEX:
+            if before.status is OperationStatus.RUNNING:
+                self._reindexer.complete(operation_id)
+        elif not is_untouched(self._operations.log_state(operation_id)):
             try:
                 self._complete_log(operation_id, generation)
             except (NotFound, ServiceUnavailable, StorageFull):

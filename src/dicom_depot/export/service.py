@@ -15,7 +15,7 @@ from dicom_depot.domain.errors import (
     FaultKind,
     InvalidRequest,
 )
-from dicom_depot.domain.export import ExportSpecification, log_key
+from dicom_depot.domain.export import ExportSpecification, Listed, log_key
 from dicom_depot.domain.operation import (
     Operation,
     OperationId,
@@ -31,7 +31,6 @@ from dicom_depot.ports import (
     Destination,
     DestinationFactory,
     DurableEngine,
-    InstanceIndex,
     LogOutdated,
     NewOperation,
     OperationStore,
@@ -48,7 +47,6 @@ class ExportService:
     Who asks is ANONYMOUS unless said otherwise: who runs a command on the data folder may do everything.
     """
 
-    index: InstanceIndex
     operations: OperationStore
     destinations: DestinationFactory
     secrets: SecretBox
@@ -63,8 +61,8 @@ class ExportService:
     ) -> Operation:
         """Record and begin an export. When this returns, the operation will run to its end, whatever dies.
 
-        Raises InvalidRequest, DestinationRefused, TooManyOperations (all before anything remains anywhere),
-        IdempotencyKeyReused.
+        Raises InvalidRequest, DestinationRefused, TooManyOperations, QueryTagGone (all before anything remains
+        anywhere), IdempotencyKeyReused.
         """
         self._check(specification)
         fingerprint = specification.fingerprint()
@@ -75,18 +73,18 @@ class ExportService:
                 return earlier
         self.operations.ensure_room(caller.key)
         operation_id = new_operation_id()
-        identifiers = specification.identifiers
         spec = specification.destination
         key = log_key(operation_id)
         destination = self.destinations.open(spec)
         try:
             etag = _prove_writable(destination, key)
             try:
+                decision = self.planner.decide(specification.source)
                 operation = self.operations.create(
                     NewOperation(
                         id=operation_id,
-                        cutoff=self.index.sequence(),
-                        identifiers=None if identifiers is None else [str(ref) for ref in identifiers],
+                        cutoff=decision.cutoff,
+                        source=decision.source,
                         destination={
                             "type": spec.type,
                             "public": dict(spec.public),
@@ -104,7 +102,7 @@ class ExportService:
                 destination.remove_log(key)
                 raise
             if operation.id == operation_id:
-                record_start(self.audit, operation, None if identifiers is None else len(identifiers))
+                record_start(self.audit, operation, specification.source)
             else:  # two requests with one key at once: the other one won
                 destination.remove_log(key)
         finally:
@@ -116,7 +114,7 @@ class ExportService:
     def dry_run(self, specification: ExportSpecification) -> DryRun:
         """Count what an export would copy now; starts and writes nothing."""
         self._check(specification)
-        return self.planner.dry_run(specification.identifiers)
+        return self.planner.dry_run(specification.source)
 
     def get(self, operation_id: OperationId, caller: Caller = ANONYMOUS) -> Operation:
         """Raises NotFound, also for an operation that the caller may not see."""
@@ -156,13 +154,13 @@ class ExportService:
         return operation
 
     def _check(self, specification: ExportSpecification) -> None:
-        identifiers = specification.identifiers
-        if identifiers is not None and len(identifiers) > self.identifiers_max:
-            raise InvalidRequest(
-                f"{len(identifiers)} identifiers were given; at most {self.identifiers_max} are allowed in one export. "
-                "Split the list, or name studies instead of their instances.",
-                target="source.settings.values",
-            )
+        match specification.source:
+            case Listed(identifiers) if len(identifiers) > self.identifiers_max:
+                raise InvalidRequest(
+                    f"{len(identifiers)} identifiers were given; at most {self.identifiers_max} are allowed in one "
+                    "export. Split the list, or name studies instead of their instances.",
+                    target="source.settings.values",
+                )
 
 
 def _scoped(idempotency_key: str, caller: Caller) -> str:

@@ -1,13 +1,16 @@
 """What the audit trail says of an export: one line when it is recorded, one when it has ended.
 
-Neither names an instance: identifiers are counted, and a folder's name, which callers choose freely, is left out.
+Neither names an instance: identifiers are counted, a query is told by its attributes without their values, and a
+folder's name, which callers choose freely, is left out.
 """
 
 from __future__ import annotations
 
+from typing import assert_never
 from urllib.parse import urlsplit
 
 from dicom_depot.domain.access import Caller
+from dicom_depot.domain.export import Everything, Listed, Matching, Source
 from dicom_depot.domain.operation import Operation
 from dicom_depot.ports import AuditTrail
 
@@ -26,14 +29,14 @@ class NoTrail:
 NO_TRAIL = NoTrail()
 
 
-def record_start(audit: AuditTrail, operation: Operation, identifier_count: int | None) -> None:
-    """identifier_count: None where everything is exported."""
+def record_start(audit: AuditTrail, operation: Operation, source: Source) -> None:
+    """The operation is recorded."""
     audit.record(
         EXPORT_STARTED,
         caller=operation.created_by,
         operation_id=operation.id,
         **_where_to(operation),
-        identifier_count=identifier_count,
+        **what_of(source),
         outcome="accepted",
     )
 
@@ -66,6 +69,19 @@ def record_end(audit: AuditTrail, operation: Operation) -> None:
         outcome=operation.status.value,
         error_code=None if operation.error is None else operation.error.code,
     )
+
+
+def what_of(source: Source) -> dict[str, object]:
+    """The fields that say what is exported. Of a query they name the attributes: their values are patients' data."""
+    match source:
+        case Everything():
+            return {}
+        case Listed(identifiers):
+            return {"identifier_count": len(identifiers)}
+        case Matching(level, filters):
+            return {"query_level": level.value, "query_attributes": sorted(filters)}
+        case _:
+            assert_never(source)
 
 
 def where_to(type_: str, public: object) -> dict[str, object]:

@@ -66,8 +66,8 @@ class SearchService:
     _anchors: Anchors = field(default_factory=Anchors)
 
     def extended(self) -> Extended:
-        """The extended query tags that can be searched."""
-        return {tag.tag: tag.attribute for tag in self.tags.all() if tag.is_searchable}
+        """The extended query tags, by their tags."""
+        return {tag.tag: tag for tag in self.tags.all()}
 
     def search(self, search: Search, answer_set: AnswerSet, studies_url: str, asked_by: str) -> SearchAnswer:
         """One page of results. `studies_url`: below which they are retrieved; `asked_by`: whose pages these are."""

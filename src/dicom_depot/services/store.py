@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -20,9 +20,11 @@ import xxhash
 
 from dicom_depot.codec.checks import Check, Violation
 from dicom_depot.codec.dicom_json import ReadInstance, read_instance
+from dicom_depot.codec.search_values import loads, tag_values
 from dicom_depot.domain.errors import BrokenInstance, DepotError, NotDicom, PayloadTooLarge, StorageFull
 from dicom_depot.domain.identifiers import InstanceRef, Uid
 from dicom_depot.domain.instance import InstanceRecord
+from dicom_depot.domain.query_tags import QueryTag, TagStatus
 from dicom_depot.domain.search import TOP_ATTRIBUTES
 from dicom_depot.ports import AddOutcome, BlobStore, BlobWriter, InstanceIndex
 from dicom_depot.services.group_commit import GroupCommit
@@ -86,12 +88,14 @@ class StoreService:
         self,
         store: BlobStore,
         index: InstanceIndex,
+        query_tags: Callable[[], Sequence[QueryTag]],
         *,
         instance_bytes_max: int,
         instances_max: int,
         min_free_bytes: int,
     ) -> None:
         self.store = store
+        self._query_tags = query_tags
         self.commits = GroupCommit(store, index)
         self.instance_bytes_max = instance_bytes_max
         self.instances_max = instances_max
@@ -107,7 +111,10 @@ class StoreService:
                 f"Only {free >> 20} MiB are left for instances; nothing is stored below DICOM_DEPOT_MIN_FREE_BYTES "
                 f"({self._min_free_bytes >> 20} MiB)."
             )
-        return StoreSession(self, rules)
+        return StoreSession(self, rules, self._indexed_tags() if rules.check is Check.INDEXED else ())
+
+    def _indexed_tags(self) -> list[QueryTag]:
+        return [tag for tag in self._query_tags() if tag.status is TagStatus.READY]
 
     def new_key(self) -> str:
         """Keys of neighbouring requests lie near each other, so that making them durable together is cheap."""
@@ -126,9 +133,11 @@ class _Written:
 class StoreSession:
     """The instances of one request. For one thread at a time; must be ended by `commit` or `abandon`."""
 
-    def __init__(self, service: StoreService, rules: StoreRules) -> None:
+    def __init__(self, service: StoreService, rules: StoreRules, tags: Sequence[QueryTag] = ()) -> None:
+        """tags: the extended query tags whose values must be sound."""
         self._service = service
         self._rules = rules
+        self._tags = tags
         self._outcomes: list[StoreOutcome] = []
         self._written: list[_Written] = []
         self._blocks: list[bytes] = []
@@ -258,6 +267,10 @@ class StoreSession:
             ref.sop_instance_uid,
         )
         fatal = [violation for violation in read.violations if violation.is_fatal]
+        if self._tags:
+            content = loads(read.metadata.dicom_json)
+            found = [(tag, tag_values(tag, content)[1]) for tag in self._tags]
+            fatal += [Violation(tag.tag, error, is_fatal=True) for tag, error in found if error is not None]
         if self._rules.study_uid is not None and ref.study_uid != self._rules.study_uid:
             fatal.append(Violation(0x0020000D, "StudyInstanceUID differs from the study in the request's path", True))
         if fatal:

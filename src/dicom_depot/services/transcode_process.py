@@ -11,10 +11,15 @@ import sys
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 
+from dicom_depot.codec.rendering import render
 from dicom_depot.codec.transcode import frames, transcode
 from dicom_depot.domain.errors import DepotError
 
-FUNCTIONS: dict[str, Callable[..., bytes | list[bytes]]] = {"transcode": transcode, "frames": frames}
+FUNCTIONS: dict[str, Callable[..., bytes | list[bytes]]] = {
+    "transcode": transcode,
+    "frames": frames,
+    "render": render,
+}
 WORK_SECONDS = 120
 """How long one call may take."""
 

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
+from dicom_depot.codec.render_parameters import Rendition
 from dicom_depot.domain.errors import DepotError, NotTranscodable, ServiceUnavailable
 from dicom_depot.services.transcode_process import WORK_SECONDS
 
@@ -40,6 +41,11 @@ class Transcoding:
     def frames(self, content: bytes, numbers: Sequence[int], target: str) -> list[bytes]:
         """`codec.transcode.frames`; errors as `transcode`, and NotFound."""
         result: list[bytes] = self._run("frames", content, list(numbers), target)
+        return result
+
+    def render(self, content: bytes, number: int, rendition: Rendition) -> bytes:
+        """`codec.rendering.render`; errors as `transcode`, NotFound and InvalidRequest."""
+        result: bytes = self._run("render", content, number, rendition)
         return result
 
     def close(self) -> None:

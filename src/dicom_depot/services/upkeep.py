@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
-from dicom_depot.ports import BlobStore, InstanceIndex, OperationStore
+from dicom_depot.ports import BlobStore, InstanceIndex, OperationStore, QueryTags
 
 _log = logging.getLogger(__name__)
 
@@ -25,6 +25,7 @@ class Upkeep:
     operations: OperationStore
     retention: timedelta
     delete_delay: timedelta
+    tags: QueryTags
     _turn: threading.Lock = field(default_factory=threading.Lock)
     _holders: int = 0
 
@@ -34,6 +35,7 @@ class Upkeep:
         while ids := self.operations.purge(datetime.now(UTC) - self.retention):
             purged += len(ids)
         swept = self.sweep()
+        self.tags.sweep()
         if purged or swept:
             _log.info("upkeep: %d ended operations forgotten, %d deleted instances swept", purged, swept)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import threading
+from array import array
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
@@ -12,6 +13,7 @@ from typing import Generic, TypeVar
 
 from dicom_depot.domain.identifiers import InstanceRef, Ref, parse_identifier
 from dicom_depot.domain.instance import InstanceHeader, InstanceRecord
+from dicom_depot.domain.search import INSTANCE_UID, SOP_CLASS, Condition, Exactly, Level, attributes_of
 from dicom_depot.ports import AddOutcome, IndexEntry, InstanceIndex, KnownInstance
 
 IndexT = TypeVar("IndexT", bound=InstanceIndex)
@@ -21,13 +23,20 @@ _REPLACED = AddOutcome.REPLACED
 _WRITERS = 4
 _LATER = timedelta(hours=1)
 _keys = itertools.count()
+_INSTANCE_NUMBER = next(each for each in attributes_of(Level.INSTANCE) if each.keyword == "InstanceNumber")
 
 
 def make_record(
-    identifier: str, content: str = "bytes", *, size: int = 100, xxh3: int = 7, may_replace: bool = False
+    identifier: str,
+    content: str = "bytes",
+    *,
+    size: int = 100,
+    xxh3: int = 7,
+    may_replace: bool = False,
+    **attributes: str | int | None,
 ) -> InstanceRecord:
-    """The record of an instance whose bytes are told apart by `content`."""
-    header = InstanceHeader(_instance(identifier), "1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.1.2.1", {})
+    """The record of an instance whose bytes are told apart by `content`. Attributes are named by their columns."""
+    header = InstanceHeader(_instance(identifier), "1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.1.2.1", attributes)
     sha256 = hashlib.sha256(content.encode()).digest()
     return InstanceRecord(header, f"key/{next(_keys)}", size, sha256, xxh3, may_replace=may_replace)
 
@@ -37,6 +46,10 @@ class InstanceIndexContract(Generic[IndexT]):
 
     def make_index(self) -> IndexT:
         """An empty index of its own for the test that asks."""
+        raise NotImplementedError
+
+    def series_id(self, index: IndexT, identifier: str) -> int:
+        """The internal id of a series."""
         raise NotImplementedError
 
     def test_what_was_added_is_found_with_checksum_and_size(self) -> None:
@@ -299,6 +312,44 @@ class InstanceIndexContract(Generic[IndexT]):
                 index.delete(_ref(identifiers[-1 - number]))
                 index.add([make_record(identifiers[number], "again")])
             assert found == expected
+
+    def test_in_series_what_meets_the_conditions_is_selected_in_pages_of_every_size(self) -> None:
+        index = self.make_index()
+        identifiers = [f"{study}/{series}/{n}" for study in (1, 2, 3) for series in (1, 2) for n in range(9)]
+        index.add([make_record(each, each, instance_number=int(each[-1])) for each in identifiers])
+        index.delete(_instance("2/1/4"))
+        ids = {place: self.series_id(index, place) for place in ("1/1", "1/2", "2/1", "3/2")}
+        series_ids = array("q", sorted(ids.values()))
+        cutoff = index.sequence()
+        # What happens after the cut-off changes nothing, in the series that are selected and in others.
+        index.delete(_instance("1/1/3"))
+        index.add([make_record("1/2/3", "new", may_replace=True, instance_number=4)])
+        index.add([make_record(f"{place}/99", instance_number=3) for place in ("1/1", "2/2")])
+
+        some = Condition(_INSTANCE_NUMBER, Exactly((3, 4)))
+        listed = Condition(INSTANCE_UID, Exactly(("3", "7")))
+        of_class = Condition(SOP_CLASS, Exactly(("1.2.840.10008.5.1.4.1.1.2",)))
+        for conditions, numbers in (
+            ([], range(9)),
+            ([some], (3, 4)),
+            ([some, listed], (3,)),
+            ([listed, of_class], (3, 7)),
+            ([Condition(SOP_CLASS, Exactly(("1.2",)))], ()),
+        ):
+            expected = sorted({f"{place}/{n}" for place in ids for n in numbers} - {"2/1/4"})
+            for limit in (1, 2, 3, 4, 5, 7, 1000):
+                found: list[int] = []
+                after = None
+                while True:
+                    page = index.select_in_series(series_ids, conditions, cutoff, after, limit)
+                    assert len(page.instances) <= limit
+                    found += [instance.instance_id for instance in page.instances]
+                    after = page.resume_after
+                    if after is None:
+                        break
+                assert _identifiers(index, found) == expected, (conditions, limit)
+                assert len(found) == len(expected)
+        assert index.select_in_series([], [], cutoff, None, 5) == ([], None)
 
     def test_unmatched_keeps_the_order_it_was_asked_in(self) -> None:
         index = self.make_index()

@@ -11,8 +11,10 @@ from datetime import UTC, datetime
 
 from dicom_depot.domain.errors import FaultKind, SourceFault
 from dicom_depot.domain.export import PlannedInstance
-from dicom_depot.domain.identifiers import InstanceRef, Ref, parent_refs
+from dicom_depot.domain.identifiers import InstanceRef, Ref, SeriesRef, parent_refs
 from dicom_depot.domain.instance import InstanceRecord, StoredObject
+from dicom_depot.domain.matching import column_form
+from dicom_depot.domain.search import INSTANCE_UID, SOP_CLASS, Condition, Exactly
 from dicom_depot.ports import AddOutcome, Cursor, IndexEntry, KnownInstance, Remaining, SelectionPage, StoreEntry
 
 
@@ -97,6 +99,18 @@ class _Row:
         return own == ref or ref in parent_refs(own)
 
 
+def _meets(record: InstanceRecord, condition: Condition) -> bool:
+    """Of attributes with one value, exact matching only."""
+    attribute, match = condition.attribute, condition.match
+    if attribute is INSTANCE_UID or attribute is SOP_CLASS:
+        value: str | int | None = (
+            record.ref.sop_instance_uid if attribute is INSTANCE_UID else record.header.sop_class_uid
+        )
+    else:
+        value = column_form(attribute, record.header.attributes.get(attribute.column))
+    return isinstance(match, Exactly) and value in match.values
+
+
 class MemoryIndex:
     """`ports.InstanceIndex` in dictionaries; everything but `find` and `add` walks all rows."""
 
@@ -105,6 +119,7 @@ class MemoryIndex:
         self._live: dict[InstanceRef, _Row] = {}
         self._sequence = 0
         self._last_id = 0
+        self._series_ids: dict[tuple[str, str], int] = {}
         self._forgotten_up_to = 0
         self._lock = threading.RLock()
 
@@ -163,6 +178,29 @@ class MemoryIndex:
                 return SelectionPage(chosen, (chosen[-1].instance_id, ""))
             chosen.append(PlannedInstance(row.instance_id, row.record.size))
         return SelectionPage(chosen, None)
+
+    def select_in_series(
+        self,
+        series_ids: Sequence[int],
+        conditions: Sequence[Condition],
+        cutoff: int,
+        after: Cursor | None,
+        limit: int,
+    ) -> SelectionPage:
+        wanted = set(series_ids)
+        found = {
+            (self.series_id(row.record.ref), row.record.ref.sop_instance_uid): row
+            for row in self._all(cutoff)
+            if self.series_id(row.record.ref) in wanted and all(_meets(row.record, each) for each in conditions)
+        }
+        places = [place for place in sorted(found) if after is None or place > after][:limit]
+        chosen = [PlannedInstance(found[place].instance_id, found[place].record.size) for place in places]
+        return SelectionPage(chosen, places[-1] if len(chosen) == limit else None)
+
+    def series_id(self, ref: SeriesRef | InstanceRef) -> int:
+        """The internal id of a series."""
+        with self._lock:
+            return self._series_ids.setdefault((ref.study_uid, ref.series_uid), len(self._series_ids) + 1)
 
     def totals(self, cutoff: int) -> tuple[int, int]:
         sizes = [row.record.size for row in self._all(cutoff)]

@@ -9,9 +9,19 @@ from datetime import UTC, datetime, timedelta
 from typing import Generic, TypeVar
 
 from dicom_depot.domain.errors import DepotError, IdempotencyKeyReused, NotFound
-from dicom_depot.domain.export import ChunkOutcome, ClaimedChunk, ExportFailure, PlannedChunk
+from dicom_depot.domain.export import (
+    Answered,
+    ChunkOutcome,
+    ClaimedChunk,
+    Everything,
+    ExportFailure,
+    Listed,
+    Matching,
+    PlannedChunk,
+)
 from dicom_depot.domain.identifiers import parse_identifier
 from dicom_depot.domain.operation import OperationError, OperationId, OperationStatus, new_operation_id
+from dicom_depot.domain.search import Level
 from dicom_depot.ports import ChunkPosition, NewOperation, OperationStore
 
 OperationsT = TypeVar("OperationsT", bound=OperationStore)
@@ -29,7 +39,7 @@ def new_operation(**changes: object) -> NewOperation:
     content: dict[str, object] = {
         "id": new_operation_id(),
         "cutoff": 7,
-        "identifiers": ("1.2.3",),
+        "source": listed("1.2.3"),
         "destination": {"type": "azureBlob", "public": {"container": "out"}},
         "sealed_secret": "sealed",
         "log_href": "http://host/out/errors.log",
@@ -38,6 +48,10 @@ def new_operation(**changes: object) -> NewOperation:
         "idempotency_key": None,
     }
     return NewOperation(**(content | changes))  # type: ignore[arg-type]  # the fields' types are the caller's care
+
+
+def listed(*identifiers: str) -> Listed:
+    return Listed(tuple(map(parse_identifier, identifiers)))
 
 
 def failure(position: int, identifier: str = "1/2/3") -> ExportFailure:
@@ -54,7 +68,7 @@ class OperationStoreContract(Generic[OperationsT]):
     def test_what_was_created_is_there_as_given(self) -> None:
         operations = self.make_operations()
         before = datetime.now(UTC)
-        new = new_operation(identifiers=("2", "1", "2", "1/2/3"), idempotency_key="key")
+        new = new_operation(source=listed("2", "1", "2", "1/2/3"), idempotency_key="key")
         created = operations.create(new)
         assert created == operations.get(new.id)
         assert (created.id, created.status, created.cutoff) == (new.id, _S.NOT_STARTED, 7)
@@ -63,25 +77,34 @@ class OperationStoreContract(Generic[OperationsT]):
         counts = (created.total, created.exported, created.skipped, created.bytes_total, created.bytes_exported)
         assert counts == (0, 0, 0, 0, 0)
         assert (created.log_href, created.destination) == (new.log_href, new.destination)
-        assert operations.identifiers(new.id) == ("2", "1", "2", "1/2/3")
+        assert operations.source(new.id) == new.source
         assert operations.sealed_secret(new.id) == "sealed"
         assert operations.plan_position(new.id) == _START
         state = operations.log_state(new.id)
         assert (state.etag, state.lines_written, state.bytes_written, state.failures) == ('"1"', 0, 0, 0)
 
-    def test_identifiers_may_be_everything_or_very_many(self) -> None:
+    def test_the_source_may_be_everything_or_very_many_identifiers(self) -> None:
         operations = self.make_operations()
-        many = tuple(f"1.2.{n}/3" for n in range(100_000))
-        for identifiers in (None, many):
-            id_ = operations.create(new_operation(identifiers=identifiers)).id
-            assert operations.identifiers(id_) == identifiers
+        for source in (Everything(), listed(*(f"1.2.{n}/3" for n in range(100_000)))):
+            id_ = operations.create(new_operation(source=source)).id
+            assert operations.source(id_) == source
+
+    def test_a_query_is_kept_with_its_answer(self) -> None:
+        operations = self.make_operations()
+        asked = Matching(Level.INSTANCE, {"PatientName": "Dö*", "00091001": 'a"b'}, is_fuzzy=True)
+        for series_ids, tag_ids in (((), ()), ((1, 7, 1 << 40), (3,)), (range(1, 300_000, 2), (3, 70))):
+            id_ = operations.create(new_operation(source=Answered(asked, series_ids, tag_ids))).id
+            kept = operations.source(id_)
+            assert isinstance(kept, Answered)
+            assert kept.asked == asked
+            assert (list(kept.series_ids), kept.tag_ids) == (list(series_ids), tag_ids)
 
     def test_an_unknown_operation_is_not_found(self) -> None:
         operations = self.make_operations()
         unknown = new_operation_id()
         asked: list[Callable[[], object]] = [
             lambda: operations.get(unknown),
-            lambda: operations.identifiers(unknown),
+            lambda: operations.source(unknown),
             lambda: operations.sealed_secret(unknown),
             lambda: operations.begin(unknown),
             lambda: operations.plan_position(unknown),

@@ -27,18 +27,25 @@ from dicom_depot.web.routes import (
     health,
     identity,
     operations,
+    query_tags,
+    rendered,
     retrieve,
+    search,
     store,
 )
+from dicom_depot.web.routes.viewer import viewer_router
 from dicom_depot.web.trail import TrailMiddleware
 
 _HSTS = (b"strict-transport-security", b"max-age=31536000")
 
 _ROUTERS = (
     store.router,
+    search.router,
     retrieve.router,
+    rendered.router,
     delete.router,
     changefeed.router,
+    query_tags.router,
     export.router,
     operations.router,
     destinations.router,
@@ -85,6 +92,8 @@ def create_app(open_context: Opener, settings: Settings | None = None) -> FastAP
         )
     app.add_api_route("/v1/api.json", app.openapi, include_in_schema=False, dependencies=[OPEN])
     app.include_router(health.router, dependencies=[OPEN])
+    if settings.viewer_dir is not None:
+        app.include_router(viewer_router(settings.viewer_dir))
     install_error_handlers(app)
     app.add_middleware(GuardMiddleware, settings=settings)
     if settings.cors_origins:

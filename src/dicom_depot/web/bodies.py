@@ -9,14 +9,18 @@ from __future__ import annotations
 import difflib
 import json
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from starlette.requests import ClientDisconnect, Request
 
+from dicom_depot.codec.qido import Extended, SearchResource, parse_filters
+from dicom_depot.codec.query_tags import new_query_tag
 from dicom_depot.domain.errors import InvalidIdentifier, InvalidRequest, PayloadTooLarge, UnsupportedMediaType
-from dicom_depot.domain.export import DestinationSpec
+from dicom_depot.domain.export import DestinationSpec, Everything, Listed, Matching, Source
 from dicom_depot.domain.identifiers import Ref, parse_identifier
+from dicom_depot.domain.query_tags import TAGS_MAX, NewQueryTag
+from dicom_depot.domain.search import Level
 from dicom_depot.ports import DestinationFactory
 
 _DESTINATION_MEMBERS: Mapping[str, Mapping[str, type]] = {
@@ -28,8 +32,11 @@ _DESTINATION_MEMBERS: Mapping[str, Mapping[str, type]] = {
     },
     "file": {"folder": str},
 }
-_SOURCE_TYPES = ("identifiers",)
+_SOURCE_TYPES = ("identifiers", "query")
 _SETTING_LENGTH_MAX = 8192
+_FILTER_LENGTH_MAX = 65_536
+"""A thousand UIDs."""
+_TARGET_LENGTH_MAX = 200
 _NAME_LENGTH_MAX = 256
 _NAME_LENGTH_SHOWN = 60
 _STATUSES: tuple[Literal["On"], Literal["Off"]] = ("On", "Off")
@@ -87,17 +94,22 @@ def parse_json(body: bytes) -> Any:
         raise InvalidRequest(f"The body is not acceptable as JSON: {error}.", target="body") from None
 
 
-def parse_source(body: Any, identifiers_max: int) -> tuple[Ref, ...] | None:
-    """The identifiers to export; None, everything, when the body has no `source`.
+def parse_source(body: Any, identifiers_max: int, extended: Callable[[], Extended]) -> Source:
+    """What to export: everything, when the body has no `source`. `extended` is asked where there is a query.
 
-    Their number is checked here too, before any of them is read and before the destination is looked at.
+    The number of identifiers is checked here too, before any of them is read and before the destination is looked at.
     """
     top = _members(body, "", ("source", "destination"))
     if "source" not in top:
-        return None
+        return Everything()
     source = _members(top["source"], "source", ("type", "settings"))
-    _type(source, "source", _SOURCE_TYPES)
-    settings = _members(_required(source, "source", "settings"), "source.settings", ("values",))
+    type_ = _type(source, "source", _SOURCE_TYPES)
+    settings = _required(source, "source", "settings")
+    return _query(settings, extended()) if type_ == "query" else _listed(settings, identifiers_max)
+
+
+def _listed(value: Any, identifiers_max: int) -> Listed:
+    settings = _members(value, "source.settings", ("values",))
     place = "source.settings.values"
     values = _required(settings, "source.settings", "values")
     if not isinstance(values, list):
@@ -113,7 +125,46 @@ def parse_source(body: Any, identifiers_max: int) -> tuple[Ref, ...] | None:
             "Split the list, or name studies instead of their instances.",
             target=place,
         )
-    return tuple(_identifier(value, f"{place}[{number}]") for number, value in enumerate(values))
+    return Listed(tuple(_identifier(value, f"{place}[{number}]") for number, value in enumerate(values)))
+
+
+def _query(value: Any, extended: Extended) -> Matching:
+    """A query whose filters are those of a search, and are understood. One that restricts nothing is refused: it would
+    be an export of everything.
+    """
+    settings = _members(value, "source.settings", ("level", "filters", "fuzzymatching"))
+    level = Level(_word(settings, "source.settings", "level", tuple(Level)))
+    is_fuzzy = settings.get("fuzzymatching", False)
+    if not isinstance(is_fuzzy, bool):
+        place = "source.settings.fuzzymatching"
+        raise InvalidRequest(f"{place} must be true or false, not {_kind(is_fuzzy)}.", target=place)
+    place = "source.settings.filters"
+    filters = _required(settings, "source.settings", "filters")
+    if not isinstance(filters, dict):
+        raise InvalidRequest(
+            f"{place} must be an object of attributes and the values that they must match, not {_kind(filters)}.",
+            target=place,
+        )
+    for name, text in filters.items():
+        where = f"{place}.{name}"[:_TARGET_LENGTH_MAX]
+        if not isinstance(text, str):
+            raise InvalidRequest(f"{where} must be a string, not {_kind(text)}.", target=where)
+        if len(text) > _FILTER_LENGTH_MAX:
+            raise InvalidRequest(
+                f"{where} has {len(text)} characters; at most {_FILTER_LENGTH_MAX} are allowed.", target=where
+            )
+        if not _is_text(text):
+            raise InvalidRequest(f"{where} holds a control character or half of a surrogate pair.", target=where)
+    try:
+        conditions, _ = parse_filters(filters.items(), SearchResource(level).levels, extended, is_fuzzy=is_fuzzy)
+    except InvalidRequest as error:
+        raise InvalidRequest(error.message, target=f"{place}.{error.target}"[:_TARGET_LENGTH_MAX]) from None
+    if not conditions:
+        raise InvalidRequest(
+            f"{place} has no filter that restricts anything. Name at least one, or leave `source` out for everything.",
+            target=place,
+        )
+    return Matching(level, filters, is_fuzzy)
 
 
 def parse_resume(body: bytes, destinations: DestinationFactory) -> DestinationSpec | None:
@@ -159,6 +210,44 @@ def parse_status(body: Any) -> Literal["On", "Off"]:
         if isinstance(wanted, str) and wanted.lower() == status.lower():
             return status
     raise InvalidRequest("'status' must be 'On' or 'Off'.", target="status")
+
+
+def parse_query_tags(body: Any) -> list[NewQueryTag]:
+    """The extended query tags of a request to add some: `[{"path", "level", "vr"?, "privateCreator"?}]`."""
+    if not isinstance(body, list):
+        raise InvalidRequest(f"The body must be a list of extended query tags, not {_kind(body)}.", target="body")
+    if not 0 < len(body) <= TAGS_MAX:
+        raise InvalidRequest(f"The body must name 1 to {TAGS_MAX} extended query tags.", target="body")
+    found: dict[int, NewQueryTag] = {}
+    for number, entry in enumerate(body):
+        place = f"[{number}]"
+        members = _members(entry, place, ("path", "vr", "privateCreator", "level"))
+        texts: dict[str, str | None] = {"vr": None, "privateCreator": None}
+        for name in ("path", "level"):
+            _required(members, place, name)
+        for name, value in members.items():
+            if value is not None and not isinstance(value, str):
+                raise InvalidRequest(f"{place}.{name} must be a string, not {_kind(value)}.", target=f"{place}.{name}")
+            texts[name] = value
+        try:
+            tag = new_query_tag(str(texts["path"]), texts["vr"], texts["privateCreator"], str(texts["level"]))
+        except InvalidRequest as error:
+            raise InvalidRequest(f"{place}.{error.target}: {error.message}", target=f"{place}.{error.target}") from None
+        if tag.tag in found:
+            raise InvalidRequest(
+                f"{place}.path: {tag.path} stands twice in the body; keep one.", target=f"{place}.path"
+            )
+        found[tag.tag] = tag
+    return list(found.values())
+
+
+def parse_query_status(body: Any) -> bool:
+    """Whether searches may name the tag: `{"queryStatus": "enabled"}`."""
+    wanted = _required(_members(body, "", ("queryStatus",)), "", "queryStatus")
+    for status, is_enabled in (("enabled", True), ("disabled", False)):
+        if isinstance(wanted, str) and wanted.lower() == status:
+            return is_enabled
+    raise InvalidRequest("'queryStatus' must be 'enabled' or 'disabled'.", target="queryStatus")
 
 
 def _identifier(value: Any, place: str) -> Ref:
@@ -207,13 +296,18 @@ def _required(members: Mapping[str, Any], place: str, name: str) -> Any:
 
 
 def _type(members: Mapping[str, Any], place: str, known: Sequence[str]) -> str:
-    value = _required(members, place, "type")
-    where = f"{place}.type"
+    return _word(members, place, "type", known)
+
+
+def _word(members: Mapping[str, Any], place: str, name: str, known: Sequence[str]) -> str:
+    """One of the words that are known, in any letter case."""
+    value = _required(members, place, name)
+    where = f"{place}.{name}"
     if not isinstance(value, str):
         raise InvalidRequest(f"'{where}' must be a string, not {_kind(value)}.", target=where)
-    for name in known:
-        if name.lower() == value.lower():
-            return name
+    for word in known:
+        if word.lower() == value.lower():
+            return word
     raise InvalidRequest(f"'{where}' must be one of: {', '.join(sorted(known))}.", target=where)
 
 

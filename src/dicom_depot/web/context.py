@@ -14,6 +14,7 @@ from dicom_depot.domain.operation import WireVersion
 from dicom_depot.export.resume import ResumeService
 from dicom_depot.export.service import ExportService
 from dicom_depot.ports import AuditTrail, BlobStore, ChangeFeed, InstanceIndex, ManagedIdentity, TokenVerifier
+from dicom_depot.services.query_tags import QueryTagService
 from dicom_depot.services.retrieve import RetrieveService
 from dicom_depot.services.search import SearchService
 from dicom_depot.services.store import StoreService
@@ -54,6 +55,7 @@ class WebContext:
     stores: StoreService
     retrieval: RetrieveService
     searches: SearchService
+    tags: QueryTagService
     changes: ChangeFeed
     turns: KeyTurns = field(default_factory=KeyTurns)
     lines: AuditQueue = field(default_factory=AuditQueue)

@@ -9,10 +9,18 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.alias_generators import to_camel
 
 from dicom_depot.domain.identity import IdentityDescription
-from dicom_depot.domain.operation import Operation, OperationId, OperationStatus, WireVersion, wire_status
+from dicom_depot.domain.operation import (
+    Operation,
+    OperationId,
+    OperationStatus,
+    OperationType,
+    WireVersion,
+    wire_status,
+)
+from dicom_depot.domain.query_tags import QueryTag, TagStatus
 from dicom_depot.export.destination_check import DestinationCheck, Step, StepOutcome
 from dicom_depot.export.planner import DryRun
-from dicom_depot.ports import ChangeAction, ChangeState
+from dicom_depot.ports import ChangeAction, ChangeState, TagError
 
 
 class _Wire(BaseModel):
@@ -56,7 +64,7 @@ class OperationErrorBody(_Wire):
 
 
 class OperationState(_Wire):
-    """The state of an export operation."""
+    """The state of an operation."""
 
     operation_id: str
     type: str
@@ -64,7 +72,8 @@ class OperationState(_Wire):
     last_updated_time: str
     status: str
     percent_complete: int
-    results: ExportResults
+    resources: list[str] | None = Field(default=None, description="The extended query tags that a `reindex` adds.")
+    results: ExportResults | None = Field(default=None, description="Of an `export`.")
     error: OperationErrorBody | None = None
 
 
@@ -112,6 +121,36 @@ class ChangeEntry(_Wire):
     metadata: dict[str, Any] | None = Field(default=None, description="DICOM JSON of a current instance.")
 
 
+class TagErrors(_Wire):
+    """How many instances could not be indexed, and where they are listed."""
+
+    count: int
+    href: str
+
+
+class QueryTagEntry(_Wire):
+    """An extended query tag."""
+
+    path: str = Field(description="The tag as eight hexadecimal digits.")
+    vr: str
+    private_creator: str | None = None
+    level: Literal["study", "series", "instance"]
+    status: Literal["adding", "ready"]
+    query_status: Literal["enabled", "disabled"]
+    errors: TagErrors | None = None
+    operation: OperationReference | None = Field(default=None, description="Present while the tag is being added.")
+
+
+class QueryTagErrorEntry(_Wire):
+    """An instance whose value of an extended query tag could not be indexed."""
+
+    study_instance_uid: str
+    series_instance_uid: str
+    sop_instance_uid: str
+    created_time: str
+    error_message: str
+
+
 class IdentityState(_Wire):
     """The service's managed identity. All but `status` is absent while it is off."""
 
@@ -156,25 +195,59 @@ def destination_check_result(check: DestinationCheck) -> DestinationCheckResult:
     return DestinationCheckResult(ok=check.is_ok, steps=steps, remedy=check.remedy)
 
 
-def operation_state(operation: Operation, version: WireVersion) -> OperationState:
+def operation_state(operation: Operation, version: WireVersion, root_url: str) -> OperationState:
+    """root_url: the address of the API in that version, without a slash at its end."""
     is_failed = operation.status is OperationStatus.FAILED
+    is_export = operation.type is OperationType.EXPORT
     return OperationState(
         operation_id=operation.id,
-        type="export",
+        type=operation.type,
         created_time=_time(operation.created_at),
         last_updated_time=_time(operation.updated_at),
         status=wire_status(operation.status, version),
         percent_complete=operation.percent_complete,
+        resources=None if is_export else [f"{root_url}/extendedquerytags/{path}" for path in operation.tag_paths],
         results=ExportResults(
             error_href=operation.log_href,
             exported=operation.exported,
             skipped=operation.skipped,
             total=operation.total,
             bytes=operation.bytes_exported,
-        ),
+        )
+        if is_export
+        else None,
         error=OperationErrorBody(code=operation.error.code, message=operation.error.message)
         if operation.error is not None and is_failed
         else None,
+    )
+
+
+def query_tag_entry(tag: QueryTag, root_url: str) -> QueryTagEntry:
+    """root_url: the address of the API, without a slash at its end."""
+    is_adding = tag.status is TagStatus.ADDING and tag.operation_id is not None
+    return QueryTagEntry(
+        path=tag.path,
+        vr=tag.vr,
+        private_creator=tag.private_creator,
+        level=tag.level.value,
+        status=tag.status.value,
+        query_status="enabled" if tag.is_enabled else "disabled",
+        errors=TagErrors(count=tag.error_count, href=f"{root_url}/extendedquerytags/{tag.path}/errors")
+        if tag.error_count
+        else None,
+        operation=OperationReference(id=str(tag.operation_id), href=f"{root_url}/operations/{tag.operation_id}")
+        if is_adding
+        else None,
+    )
+
+
+def query_tag_error(error: TagError) -> QueryTagErrorEntry:
+    return QueryTagErrorEntry(
+        study_instance_uid=error.ref.study_uid,
+        series_instance_uid=error.ref.series_uid,
+        sop_instance_uid=error.ref.sop_instance_uid,
+        created_time=_time(error.occurred_at),
+        error_message=error.message,
     )
 
 
@@ -228,11 +301,93 @@ IDENTITY_REQUEST_SCHEMA: dict[str, Any] = {
     "properties": {"status": {"type": "string", "enum": ["On", "Off"]}},
 }
 
+QUERY_TAGS_SCHEMA: dict[str, Any] = {
+    "type": "array",
+    "minItems": 1,
+    "maxItems": 128,
+    "items": {
+        "type": "object",
+        "additionalProperties": False,
+        "required": ["path", "level"],
+        "properties": {
+            "path": {"type": "string", "description": "A keyword, or a tag as eight hexadecimal digits."},
+            "vr": {"type": "string", "description": "Needed for private attributes."},
+            "privateCreator": {"type": "string"},
+            "level": {"type": "string", "enum": ["Study", "Series", "Instance"]},
+        },
+    },
+    "example": [{"path": "ManufacturerModelName", "level": "Series"}, {"path": "00101020", "level": "Study"}],
+}
+
+QUERY_STATUS_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["queryStatus"],
+    "properties": {"queryStatus": {"type": "string", "enum": ["enabled", "disabled"]}},
+}
+
 RESUME_REQUEST_SCHEMA: dict[str, Any] = {
     "type": "object",
     "additionalProperties": False,
     "description": "The operation's own destination with a fresh secret. Not needed where no secret was erased.",
     "properties": {"destination": _DESTINATION_SCHEMA},
+}
+
+_LISTED_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["type", "settings"],
+    "properties": {
+        "type": {"type": "string", "enum": ["identifiers"]},
+        "settings": {
+            "type": "object",
+            "additionalProperties": False,
+            "required": ["values"],
+            "properties": {
+                "values": {
+                    "type": "array",
+                    "minItems": 1,
+                    "items": {"type": "string"},
+                    "description": "<study>[/<series>[/<instance>]]",
+                }
+            },
+        },
+    },
+}
+
+_QUERY_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["type", "settings"],
+    "description": "What a search finds when the export is started.",
+    "properties": {
+        "type": {"type": "string", "enum": ["query"]},
+        "settings": {
+            "type": "object",
+            "additionalProperties": False,
+            "required": ["level", "filters"],
+            "properties": {
+                "level": {
+                    "type": "string",
+                    "enum": ["study", "series", "instance"],
+                    "description": "What must match, and is exported whole. `filters` name attributes of studies and, "
+                    "below them, down to this level.",
+                },
+                "filters": {
+                    "type": "object",
+                    "minProperties": 1,
+                    "additionalProperties": {"type": "string"},
+                    "description": "Attribute, by keyword or tag, to what it must match, as in a search.",
+                    "example": {"Modality": "CT", "StudyDate": "20240101-20241231"},
+                },
+                "fuzzymatching": {
+                    "type": "boolean",
+                    "default": False,
+                    "description": "Match the words of names by their beginnings.",
+                },
+            },
+        },
+    },
 }
 
 EXPORT_REQUEST_SCHEMA: dict[str, Any] = {
@@ -241,27 +396,7 @@ EXPORT_REQUEST_SCHEMA: dict[str, Any] = {
     "required": ["destination"],
     "description": "Member names in any letter case. Without `source`, everything is exported.",
     "properties": {
-        "source": {
-            "type": "object",
-            "additionalProperties": False,
-            "required": ["type", "settings"],
-            "properties": {
-                "type": {"type": "string", "enum": ["identifiers"]},
-                "settings": {
-                    "type": "object",
-                    "additionalProperties": False,
-                    "required": ["values"],
-                    "properties": {
-                        "values": {
-                            "type": "array",
-                            "minItems": 1,
-                            "items": {"type": "string"},
-                            "description": "<study>[/<series>[/<instance>]]",
-                        }
-                    },
-                },
-            },
-        },
+        "source": {"oneOf": [_LISTED_SCHEMA, _QUERY_SCHEMA]},
         "destination": _DESTINATION_SCHEMA,
     },
     "example": {

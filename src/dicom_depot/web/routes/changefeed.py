@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Coroutine
 from datetime import UTC, datetime
 from typing import Annotated, Any
-from urllib.parse import parse_qsl, urlencode
 
 from fastapi import APIRouter, Query, Request
-from fastapi.routing import APIRoute
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
@@ -18,27 +15,11 @@ from dicom_depot.domain.access import Action, Caller
 from dicom_depot.domain.errors import InvalidRequest
 from dicom_depot.ports import Change
 from dicom_depot.web.access import requires
+from dicom_depot.web.any_case import AnyCaseRoute
 from dicom_depot.web.context import base_url, context, version_of
 from dicom_depot.web.models import ChangeEntry, ErrorBody
 
-
-class _AnyCaseRoute(APIRoute):
-    """Names of parameters are read in any letter case, as the service whose API we keep does."""
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handle = super().get_route_handler()
-        names = {parameter.alias.lower(): parameter.alias for parameter in self.dependant.query_params}
-
-        async def handle_any_case(request: Request) -> Response:
-            given = parse_qsl(request.scope["query_string"].decode("latin-1"), keep_blank_values=True)
-            known = [(names.get(name.lower(), name), value) for name, value in given]
-            request.scope["query_string"] = urlencode(known).encode()
-            return await handle(request)
-
-        return handle_any_case
-
-
-router = APIRouter(tags=["change feed"], route_class=_AnyCaseRoute)
+router = APIRouter(tags=["change feed"], route_class=AnyCaseRoute)
 
 _PARTITION = "Microsoft.Default"
 _RESPONSES: dict[int | str, dict[str, Any]] = {

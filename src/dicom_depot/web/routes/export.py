@@ -13,7 +13,7 @@ from starlette.concurrency import run_in_threadpool
 from dicom_depot.domain.access import Action, Caller
 from dicom_depot.domain.errors import InvalidRequest
 from dicom_depot.domain.export import ExportSpecification
-from dicom_depot.export.trail import where_to
+from dicom_depot.export.trail import what_of, where_to
 from dicom_depot.web import bodies
 from dicom_depot.web.access import requires
 from dicom_depot.web.context import WebContext, base_url, context, version_of
@@ -66,7 +66,7 @@ async def start_export(
     specification = await run_in_threadpool(_specification, opened, body)
     trail = trail_of(request.scope).details
     trail |= where_to(specification.destination.type, specification.destination.public)
-    trail["identifier_count"] = None if specification.identifiers is None else len(specification.identifiers)
+    trail |= what_of(specification.source)
     if dry_run:
         trail["dry_run"] = True
         return await run_in_threadpool(_count, opened, specification)
@@ -95,5 +95,5 @@ def _count(opened: WebContext, specification: ExportSpecification) -> JSONRespon
 
 def _specification(opened: WebContext, body: bytes) -> ExportSpecification:
     content = bodies.parse_json(body)
-    identifiers = bodies.parse_source(content, opened.settings.max_identifiers)
-    return ExportSpecification(identifiers, bodies.parse_destination(content, opened.exports.destinations))
+    source = bodies.parse_source(content, opened.settings.max_identifiers, opened.searches.extended)
+    return ExportSpecification(source, bodies.parse_destination(content, opened.exports.destinations))

@@ -118,25 +118,29 @@ def list_operations(
     before = None if continuation_token is None else _parse_token(continuation_token)
     statuses = None if status is None else _parse_statuses(status, version)
     found = context(request).exports.page(limit + 1, before, statuses, caller)
-    page = found[:limit]
+    page, root = found[:limit], _root(request)
     return JSONResponse(
         OperationPage(
-            operations=[operation_state(operation, version) for operation in page],
+            operations=[operation_state(operation, version, root) for operation in page],
             continuation_token=_token(page[-1]) if len(found) > limit else None,
         ).to_json()
     )
 
 
 def _answer(request: Request, operation: Operation, status: int) -> JSONResponse:
-    version = version_of(request)
+    version, root = version_of(request), _root(request)
     headers = {}
     if status == 202:
         age = (datetime.now(UTC) - operation.created_at).total_seconds()
         headers = {
-            "Location": f"{base_url(request)}/v{version}/operations/{operation.id}",
+            "Location": f"{root}/operations/{operation.id}",
             "Retry-After": "1" if age < _YOUNG_SECONDS else "5",
         }
-    return JSONResponse(operation_state(operation, version).to_json(), status, headers)
+    return JSONResponse(operation_state(operation, version, root).to_json(), status, headers)
+
+
+def _root(request: Request) -> str:
+    return f"{base_url(request)}/v{version_of(request)}"
 
 
 def _id(request: Request, text: str) -> OperationId:

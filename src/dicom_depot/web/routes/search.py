@@ -108,11 +108,15 @@ async def _searched(request: Request, resource: SearchResource, caller: Caller) 
 def _search(request: Request, resource: SearchResource, caller: Caller) -> Response:
     accepts_dicom_json(request.headers.getlist("accept"))
     service = context(request).searches
-    search = parse_search(_parameters(request), resource, service.extended())
+    extended = service.extended()
+    search = parse_search(_parameters(request), resource, extended)
     answer_set: AnswerSet = version_of(request) if is_versioned(request) else "standard"
     root = f"{base_url(request)}/v{version_of(request)}" if is_versioned(request) else base_url(request)
     answer = service.search(search, answer_set, f"{root}/studies", caller.key)
     headers = _warnings(request, answer)
+    matched = [extended[path[0]] for path in search.matched if path[0] in extended]
+    if erroneous := [tag.path for tag in matched if tag.error_count]:
+        headers["erroneous-dicom-attributes"] = ",".join(erroneous)
     if not answer.results:
         return Response(status_code=204, headers=headers)
     content = json.dumps(answer.results, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
@@ -122,7 +126,7 @@ def _search(request: Request, resource: SearchResource, caller: Caller) -> Respo
 def _parameters(request: Request) -> list[tuple[str, str]]:
     try:
         return parse_qsl(
-            request.scope["query_string"].decode("latin-1"),
+            request.scope["query_string"].decode(),  # clients send UTF-8 as it is, too
             keep_blank_values=True,
             errors="strict",
             max_num_fields=_PARAMETERS_MAX,

@@ -1,12 +1,11 @@
 """What search needs: indexes, values in the form in which they are compared, live counts, extended query tags."""
 
-import json
-import zlib
 from typing import Any
 
 import sqlalchemy as sa
 from alembic import op
 
+from dicom_depot.codec.search_values import columns_of, loads
 from dicom_depot.domain.matching import column_form, values_apart
 from dicom_depot.domain.search import Attribute, Level, attributes_of
 
@@ -28,8 +27,6 @@ _INDEXED = {
     ),
     "instances": ("sop_instance_uid", "sop_class_uid", "instance_number"),
 }
-_REQUESTS = "00400275"
-_REQUEST_COLUMNS = {"scheduled_procedure_step_id": "00400009", "requested_procedure_id": "00401001"}
 
 
 def upgrade() -> None:
@@ -107,8 +104,9 @@ def _bring_into_form(connection: sa.Connection, table: str, level: Level) -> Non
             return
         last = found[-1]["id"]
         for values in found:
-            requests = _requests(connection, values["newest_id"]) if level is Level.SERIES else {}
-            _write_row(connection, table, level, attributes, values | requests)
+            _write_row(
+                connection, table, level, attributes, values | _told(connection, values["newest_id"], attributes)
+            )
 
 
 def _write_row(
@@ -124,16 +122,12 @@ def _write_row(
         )
 
 
-def _requests(connection: sa.Connection, instance_id: int) -> dict[str, str | None]:
-    """What stands in RequestAttributesSequence of an instance."""
+def _told(connection: sa.Connection, instance_id: int, attributes: tuple[Attribute, ...]) -> dict[str, Any]:
+    """What an instance says, where that is known: rows said what was stored last, whether or not it is live."""
     packed = connection.execute(
         sa.text("SELECT dicom_json FROM instance_metadata WHERE instance_id = :id"), {"id": instance_id}
     ).scalar_one_or_none()
     if packed is None:
         return {}
-    content = json.loads(zlib.decompress(packed).replace(b"\x01", b""))
-    items = [item for item in content.get(_REQUESTS, {}).get("Value", ()) if isinstance(item, dict)]
-    return {
-        column: "\\".join(str(value) for item in items for value in item.get(tag, {}).get("Value", ()) if value) or None
-        for column, tag in _REQUEST_COLUMNS.items()
-    }
+    columns = columns_of(loads(packed))
+    return {each.column: columns[each.column] for each in attributes}

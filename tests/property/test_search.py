@@ -1,0 +1,172 @@
+"""Searches against a plain Python filter: random archives with replacements and deletes, random queries, both plans."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dicom_depot.codec.search_values import columns_of, loads
+from dicom_depot.domain.matching import column_form
+from dicom_depot.domain.search import ATTRIBUTES as OURS
+from tests.support.search_data import CHANGES, CLASSES, ODD, ROUTES, SOUND, STORED, asked, row_of, searchable
+from tests.support.search_oracle import ATTRIBUTES, REQUESTS, Archive, Instance
+from tests.support.search_place import Event, Place, Query, index_rows, make_older, place, read_of, walking
+
+EVERYTHING = 200
+
+_VALUES = {vr: st.sampled_from((*SOUND[vr], *SOUND[vr], *ODD[vr])) for vr in SOUND}
+_STEPS = st.sampled_from((*SOUND["SH"], *ODD["SH"]))
+_UIDS = st.tuples(st.sampled_from(("1.1", "1.2", "1.10")), st.sampled_from(("1.1", "2.2")), st.sampled_from("567"))
+
+
+@st.composite
+def instances(draw: st.DrawFn) -> Instance:
+    keywords = draw(st.lists(st.sampled_from(STORED), unique=True, min_size=2, max_size=9))
+    values = {keyword: draw(_VALUES[ATTRIBUTES[keyword].vr]) for keyword in keywords}
+    values["SOPClassUID"] = draw(st.sampled_from(CLASSES))
+    requests = draw(st.lists(st.tuples(_STEPS, _STEPS), max_size=2))
+    return Instance(*draw(_UIDS), values, tuple(requests))
+
+
+_STORES = st.tuples(st.lists(instances(), min_size=1, max_size=3), st.booleans()).map(lambda drawn: Event(*drawn))
+_DELETES = st.tuples(_UIDS, st.integers(1, 3)).map(lambda drawn: Event(deleted=drawn[0][: drawn[1]]))
+EVENTS = st.lists(st.one_of(_STORES, _STORES, _STORES, _STORES, _DELETES), min_size=3, max_size=8)
+
+
+class Wish(NamedTuple):
+    """A query, of which is decided later what of the stored instances it is made from."""
+
+    route: tuple[str, int]
+    base: int
+    other: int
+    filters: Sequence[tuple[int, int]]
+    limit: int
+    offset: int
+
+    def of(self, archive: Archive) -> Query:
+        """Made of what is stored: it asks for what one instance says, or almost."""
+        level, length = self.route
+        nobody = Instance("1.1", "1.1", "5")
+        base, other = (archive.live[each % len(archive.live)] if archive.live else nobody for each in self[1:3])
+        told = sorted(
+            (each for each in searchable(level, length) if base.told(each)),
+            key=lambda each: ATTRIBUTES[each].vr == "UI",
+        )
+        filters: dict[str, str] = {}
+        is_fuzzy = False
+        for number, change_number in self.filters if told else ():
+            keyword = told[number % len(told)] if number else searchable(level, length)[-1]
+            changes = CHANGES[ATTRIBUTES[keyword].vr]
+            change = changes[change_number % len(changes)]
+            made = asked(keyword, base.told(keyword), change, other.told(keyword))
+            is_name = ATTRIBUTES[keyword].vr == "PN"
+            if made is None or (is_name and any(ATTRIBUTES[each].vr == "PN" for each in filters)):
+                continue  # fuzzy matching is of all names of a query
+            if keyword not in REQUESTS or not any(each in filters for each in REQUESTS):
+                filters[keyword] = made[0]
+                is_fuzzy |= made[1]
+        return Query(level, base.uids[:length], tuple(filters.items()), is_fuzzy, self.limit, self.offset)
+
+
+_PICK = st.integers(0, 60)
+WISHES = st.tuples(
+    st.sampled_from(ROUTES),
+    _PICK,
+    _PICK,
+    st.lists(st.tuples(_PICK, _PICK), max_size=3),
+    st.sampled_from((EVERYTHING, EVERYTHING, EVERYTHING, 1, 2)),
+    st.sampled_from((0, 0, 0, 1, 2, 5)),
+).map(lambda drawn: Wish(*drawn))
+
+
+bounded = settings(
+    max_examples=50,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+
+
+@bounded
+@given(EVENTS, st.lists(WISHES, min_size=10, max_size=25))
+def test_what_is_found_is_what_a_plain_filter_finds(events: list[Event], wishes: list[Wish]) -> None:
+    with place() as here:
+        for event in events:
+            here.do(event)
+        for query in [wish.of(here.archive) for wish in wishes]:
+            everything = here.expected(query)
+            page = everything[query.offset : query.offset + query.limit]
+            following = max(0, len(everything) - query.offset - query.limit)
+            found, remaining = here.found(query)
+            assert found == page, query
+            assert remaining == following or (remaining is None and following), query
+            with walking():
+                assert here.found(query) == (page, None if following else 0), query
+
+
+@bounded
+@given(EVENTS, EVENTS, WISHES)
+def test_pages_are_of_the_moment_of_the_first_one(before: list[Event], after: list[Event], wish: Wish) -> None:
+    """Whatever is stored between them; instances that are new, that is: what is deleted is gone at once."""
+    with place() as here:
+        for event in before:
+            here.do(event)
+        query = wish.of(here.archive)
+        whole = [row.uids for row in here.expected(query)]
+        known = {each.uids for each in here.archive.live}
+        pages: list[tuple[str, ...]] = []
+        for number in range(len(whole) + 1):
+            answer = here.ask(query._replace(limit=1, offset=number), "one reader")
+            pages += [row_of(query.level, result).uids for result in answer.results]
+            if number < len(after):
+                fresh = [_elsewhere(each) for each in after[number].stored if _elsewhere(each).uids not in known]
+                here.do(Event(stored=fresh))
+        assert pages == whole
+
+
+def _elsewhere(instance: Instance) -> Instance:
+    """The same in a study of its own: in one that is there it would change what that study says."""
+    return Instance(f"9.{instance.study}", instance.series, instance.sop, instance.values, instance.requests)
+
+
+@bounded
+@given(EVENTS)
+def test_after_any_history_the_index_says_what_a_new_one_of_what_is_left_would(events: list[Event]) -> None:
+    with place() as here, place() as fresh:
+        for event in events:
+            here.do(event)
+        if here.archive.live:
+            fresh.do(Event(stored=here.archive.live))
+        assert index_rows(here.database) == index_rows(fresh.database)
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(EVENTS)
+def test_a_database_of_the_release_before_is_brought_to_the_same(events: list[Event]) -> None:
+    with place() as here, tempfile.TemporaryDirectory() as folder:
+        for event in events:
+            here.do(event)
+        older = make_older(here, Path(folder) / "depot.sqlite")
+        older.migrate()
+        assert index_rows(older) == index_rows(here.database)
+        later = Place(older, here.service)
+        later.archive = here.archive
+        for event in events[:3]:
+            later.do(event)
+        older.close()
+
+
+@settings(max_examples=200, deadline=None)
+@given(instances())
+def test_the_metadata_of_an_instance_says_what_its_header_says(instance: Instance) -> None:
+    read = read_of(instance)
+    told = columns_of(loads(read.metadata.dicom_json))
+    for attribute in OURS:
+        header, metadata = (column_form(attribute, each[attribute.column]) for each in (read.header.attributes, told))
+        if attribute.vr == "PN":  # padding within names is no part of them
+            header, metadata = (None if each is None else str(each).strip(" =") for each in (header, metadata))
+        assert (header or None) == (metadata or None), attribute.keyword

@@ -1,0 +1,1 @@
+"""Programs for people who work in this repository. Nothing here is shipped."""
