@@ -70,7 +70,7 @@ class Instance:
     def texts(self, keyword: str) -> list[str]:
         """The values of an attribute."""
         if keyword in REQUESTS:
-            return [item[REQUESTS.index(keyword)] for item in self.requests] or [""]
+            return [text for item in self.requests for text in item[REQUESTS.index(keyword)].split("\\")] or [""]
         uids = dict(zip(("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID"), self.uids, strict=True))
         text = uids.get(keyword, self.values.get(keyword, ""))
         if ATTRIBUTES[keyword].vr == "PN":
@@ -102,6 +102,8 @@ class Archive:
     live: list[Instance] = field(default_factory=list)
     seen: dict[tuple[str, ...], int] = field(default_factory=dict)
     """Studies and series by when they were first stored: a study that is stored again keeps its place."""
+    _newest: dict[tuple[str, ...], Instance] = field(default_factory=dict)
+    """The newest live instance of each study and series, while a search goes on."""
 
     def store(self, instance: Instance, *, may_replace: bool) -> bool:
         """Whether it changed anything."""
@@ -125,6 +127,7 @@ class Archive:
     ) -> list[Row]:
         """Everything that matches, newest first."""
         tests = [(keyword, matcher(keyword, value, is_fuzzy=is_fuzzy)) for keyword, value in filters]
+        self._newest = {each.uids[:length]: each for each in self.live for length in (1, 2, 3)}
         return [
             self._row(level, each)
             for each in self._newest_first(level)
@@ -137,35 +140,31 @@ class Archive:
         if level == INSTANCE:
             yield from reversed(self.live)
             return
-        length = LEVELS.index(level) + 1
-        newest = {each.uids[:length]: each for each in self.live}
-        for key in sorted(newest, key=lambda key: self.seen[key], reverse=True):
-            yield newest[key]
+        keys = [key for key in self._newest if len(key) == LEVELS.index(level) + 1]
+        for key in sorted(keys, key=lambda key: self.seen[key], reverse=True):
+            yield self._newest[key]
 
     def _texts(self, keyword: str, instance: Instance) -> list[str]:
         """What an attribute says of an instance: those of its study and series say what the newest one there says."""
         if keyword == "ModalitiesInStudy":
             return [each.texts("Modality")[0] for each in self._series(instance.study)]
         length = LEVELS.index(ATTRIBUTES[keyword].level) + 1
-        if length == len(LEVELS):
-            return instance.texts(keyword)
-        return [each for each in self.live if each.uids[:length] == instance.uids[:length]][-1].texts(keyword)
+        return self._newest[instance.uids[:length]].texts(keyword)
 
     def _series(self, study: str) -> list[Instance]:
         """The newest instance of each series of a study."""
-        return list({each.uids[:2]: each for each in self.live if each.study == study}.values())
+        return [each for key, each in self._newest.items() if len(key) == 2 and key[0] == study]
 
     def _row(self, level: str, instance: Instance) -> Row:
         series = self._series(instance.study)
         modalities = {each.texts("Modality")[0].strip(" ").upper() for each in series}
-        newest = [each for each in self.live if each.study == instance.study][-1]
         return Row(
             instance.uids[: LEVELS.index(level) + 1],
             len(series),
             sum(each.study == instance.study for each in self.live),
             sum(each.uids[:2] == instance.uids[:2] for each in self.live) if level != STUDY else None,
             tuple(sorted(modalities - {""})),
-            newest.values.get("PatientID", "").rstrip(" "),
+            self._newest[instance.uids[:1]].values.get("PatientID", "").rstrip(" "),
         )
 
 
