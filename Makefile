@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-export PYTHONDONTWRITEBYTECODE := 1
+# Tests start hundreds of processes: where this is set, each compiles all of our modules anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo viewer test test-long test-clients check format bench lock clean
 

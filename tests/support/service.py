@@ -17,7 +17,7 @@ from typing import Any
 
 import httpx
 
-START_SECONDS = 30.0
+START_SECONDS = 90.0
 END_SECONDS = 120.0
 TERMINAL = frozenset({"completed", "succeeded", "failed", "canceled"})
 
