@@ -8,9 +8,10 @@ with metadata as large as a scanner's (that of samples.py and what dicomweb_load
 a search opens none. Studies come in the order of their dates, over 15 years, but each tenth is an older one that was
 brought in later; a scanner is replaced each five years. What is old therefore lies far from where a walk over the
 newest begins. The service has its default settings, as `dicom-depot serve` starts it; its routes without a version
-are asked, whose answers are the standard's and the largest. One client asks over one connection that stays open, each
-search a few times in a row, all searches in turn in each round. Reported are the median and the slowest of all
-rounds; how many the answer holds, and how many match; bytes of the body; CPU of the server for one request.
+are asked, whose answers are the standard's and the largest. One client asks each search a few times in a row over a
+connection that stays open (the request that opens it is not measured), all in turn in each round. Reported are the
+median and the slowest of all rounds; how many the answer holds, and how many match; bytes of the body; CPU of the
+server for one request.
 Before that each search is asked once, unmeasured, and its answer is compared with what a plain filter in Python
 (tests/support/search_oracle.py) finds among what was written: the same UIDs in the same order, and as many more.
 Memory is the sum of the peaks (VmHWM) of all processes of the server: before the first search, after the rounds, after
@@ -325,7 +326,9 @@ class Search:
             parameters["fuzzymatching"] = "true"
         if self.includes_all:
             parameters["includefield"] = "all"
-        return f"{''.join(folders)}/{_RESOURCES[self.level]}?{urlencode(parameters, safe='*?,', quote_via=quote)}"
+        # What need not be percent-encoded is not: Debian's Orthanc does not decode it.
+        query = urlencode(parameters, safe="*?,^'", quote_via=quote)
+        return f"{''.join(folders)}/{_RESOURCES[self.level]}?{query}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,13 +50,18 @@ _TYPES = [
 ]
 
 
+_FILTERS = {"Modality": "CT", "StudyDate": "20240101-20241231", "PatientName": "d*", "InstanceNumber": "2"}
+
+
 def _templates(secured: Secured) -> list[dict[str, Any]]:
     folder = {"type": "file", "settings": {"folder": "fuzz"}}
     source = {"type": "identifiers", "settings": {"values": [*secured.identifiers[:3], "1.2.3", "1.2/3.4"]}}
+    query = {"type": "query", "settings": {"level": "instance", "filters": _FILTERS, "fuzzymatching": True}}
     blob = {"blobContainerUri": secured.endpoint.container_url("fuzz")}
     connection = {"connectionString": f"BlobEndpoint={secured.endpoint.account_url};SharedAccessSignature=sv=1&sig=x"}
     return [
         {"source": source, "destination": folder},
+        {"source": query, "destination": folder},
         {"destination": folder},
         {"source": source, "destination": {"type": "azureBlob", "settings": blob}},
         {"destination": {"type": "azureBlob", "settings": connection | {"blobContainerName": "fuzz"}}},
@@ -150,6 +155,8 @@ def _asks_for_an_export(raw: bytes, content_type: str) -> bool:
         if "source" not in top:
             return True
         source = _lower(top["source"])
+        if source["type"].lower() == "query":
+            return set(source) == {"type", "settings"} and _is_a_query(_lower(source["settings"]))
         values = _lower(source["settings"])["values"]
         return bool(
             set(source) == {"type", "settings"}
@@ -160,6 +167,17 @@ def _asks_for_an_export(raw: bytes, content_type: str) -> bool:
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False
+
+
+def _is_a_query(settings: dict[str, Any]) -> bool:
+    return bool(
+        {"level", "filters"} <= set(settings) <= {"level", "filters", "fuzzymatching"}
+        and settings["level"].lower() in {"study", "series", "instance"}
+        and isinstance(settings.get("fuzzymatching", False), bool)
+        and settings["filters"]
+        and set(settings["filters"]) <= set(_FILTERS)
+        and all(isinstance(text, str) and text.strip() for text in settings["filters"].values())
+    )
 
 
 def _lower(value: Any) -> dict[str, Any]:

@@ -180,7 +180,9 @@ def test_folder_destinations_can_be_switched_off(other_depot: Depot) -> None:
         ({"type": "identifiers", "settings": {"values": ["x"]}}, "source.settings.values[0]"),
         ({"type": "identifiers", "settings": {"values": []}}, "source.settings.values"),
         ({"type": "identifiers", "settings": {}}, "source.settings.values"),
-        ({"type": "query", "settings": {}}, "source.type"),
+        ({"type": "dataset", "settings": {}}, "source.type"),
+        ({"type": "query", "settings": {}}, "source.settings.level"),
+        ({"type": "query", "settings": {"level": "series", "filters": {}}}, "source.settings.filters"),
         (None, "source"),
     ],
 )

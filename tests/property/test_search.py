@@ -7,35 +7,40 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dicom_depot.codec.search_values import columns_of, loads
 from dicom_depot.domain.matching import column_form
 from dicom_depot.domain.search import ATTRIBUTES as OURS
-from tests.support.search_data import CHANGES, CLASSES, ODD, ROUTES, SOUND, STORED, asked, row_of, searchable
+from tests.support.search_data import CHANGES, CLASSES, ODD, ROUTES, SOUND, STORED, asked, row_of, searchable, some_of
 from tests.support.search_oracle import ATTRIBUTES, REQUESTS, Archive, Instance
 from tests.support.search_place import Event, Place, Query, index_rows, make_older, place, read_of, walking
 
 EVERYTHING = 200
 
-_VALUES = {vr: st.sampled_from((*SOUND[vr], *SOUND[vr], *ODD[vr])) for vr in SOUND}
-_STEPS = st.sampled_from((*SOUND["SH"], *ODD["SH"]))
 _UIDS = st.tuples(st.sampled_from(("1.1", "1.2", "1.10")), st.sampled_from(("1.1", "2.2")), st.sampled_from("567"))
 
 
 @st.composite
-def instances(draw: st.DrawFn) -> Instance:
+def instances(draw: st.DrawFn, start: int) -> Instance:
+    """With values from a few neighbours of each VR's list, so that instances resemble each other."""
     keywords = draw(st.lists(st.sampled_from(STORED), unique=True, min_size=2, max_size=9))
-    values = {keyword: draw(_VALUES[ATTRIBUTES[keyword].vr]) for keyword in keywords}
+    values = {keyword: draw(st.sampled_from(some_of(ATTRIBUTES[keyword].vr, start))) for keyword in keywords}
     values["SOPClassUID"] = draw(st.sampled_from(CLASSES))
-    requests = draw(st.lists(st.tuples(_STEPS, _STEPS), max_size=2))
-    return Instance(*draw(_UIDS), values, tuple(requests))
+    steps = st.sampled_from(some_of("SH", start))
+    return Instance(*draw(_UIDS), values, tuple(draw(st.lists(st.tuples(steps, steps), max_size=2))))
 
 
-_STORES = st.tuples(st.lists(instances(), min_size=1, max_size=3), st.booleans()).map(lambda drawn: Event(*drawn))
-_DELETES = st.tuples(_UIDS, st.integers(1, 3)).map(lambda drawn: Event(deleted=drawn[0][: drawn[1]]))
-EVENTS = st.lists(st.one_of(_STORES, _STORES, _STORES, _STORES, _DELETES), min_size=3, max_size=8)
+def _events(start: int) -> st.SearchStrategy[list[Event]]:
+    stored = st.lists(instances(start), min_size=1, max_size=3)
+    stores = st.tuples(stored, st.booleans()).map(lambda drawn: Event(*drawn))
+    deletes = st.tuples(_UIDS, st.integers(1, 3)).map(lambda drawn: Event(deleted=drawn[0][: drawn[1]]))
+    return st.lists(st.one_of(stores, stores, stores, stores, deletes), min_size=3, max_size=8)
+
+
+EVENTS = st.integers(0, 60).flatmap(_events)
 
 
 class Wish(NamedTuple):
@@ -85,7 +90,7 @@ WISHES = st.tuples(
 
 
 bounded = settings(
-    max_examples=50,
+    max_examples=40,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
 )
@@ -106,6 +111,40 @@ def test_what_is_found_is_what_a_plain_filter_finds(events: list[Event], wishes:
             assert remaining == following or (remaining is None and following), query
             with walking():
                 assert here.found(query) == (page, None if following else 0), query
+
+
+@pytest.mark.parametrize(
+    "keyword",
+    [
+        *("StudyDescription", "AccessionNumber", "PatientName", "StudyDate", "StudyTime", "Modality", "SeriesNumber"),
+        *("ModalitiesInStudy", "RequestAttributesSequence.RequestedProcedureID"),
+    ],
+)
+def test_every_value_is_asked_for_in_every_way(keyword: str) -> None:
+    """All values that the data above have, beside each other, so that what resembles another is told apart from it."""
+    vr = ATTRIBUTES[keyword].vr
+    stored = "Modality" if keyword == "ModalitiesInStudy" else keyword
+    hits = 0
+    with place() as here:
+        for number, value in enumerate((*SOUND[vr], *ODD[vr])):
+            attributes = {"SOPClassUID": CLASSES[0], "PatientID": str(number)}
+            requests = [(value, ""), ("", value)][REQUESTS.index(keyword)] if keyword in REQUESTS else ("", "")
+            if keyword not in REQUESTS:
+                attributes[stored] = value
+            here.do(Event(stored=[Instance(f"1.{number}", "1", "1", attributes, (requests,))]))
+        level = ATTRIBUTES[keyword].level
+        for number, base in enumerate(here.archive.live):
+            other = here.archive.live[number - 1]
+            for change in CHANGES[vr]:
+                made = asked(keyword, base.told(keyword), change, other.told(keyword))
+                if made is not None:
+                    query = Query(level, (), ((keyword, made[0]),), made[1], EVERYTHING, 0)
+                    expected = [row.uids for row in here.expected(query)]
+                    assert here.uids(query) == expected, query
+                    with walking():
+                        assert here.uids(query) == expected, query
+                    hits += 0 < len(expected) < len(here.archive.live)
+    assert hits > len(SOUND[vr])
 
 
 @bounded
@@ -161,7 +200,7 @@ def test_a_database_of_the_release_before_is_brought_to_the_same(events: list[Ev
 
 
 @settings(max_examples=200, deadline=None)
-@given(instances())
+@given(st.integers(0, 60).flatmap(instances))
 def test_the_metadata_of_an_instance_says_what_its_header_says(instance: Instance) -> None:
     read = read_of(instance)
     told = columns_of(loads(read.metadata.dicom_json))

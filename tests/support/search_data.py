@@ -28,7 +28,7 @@ _DATES = ("20240102", "20240229 ", "20231231", "19700101", "20240103")
 _TIMES = ("10", "1030", "103059", "103059.5 ", "103059.123456", "000000", "235960")
 _TEXTS = (
     *("Thorax", "THORAX ", "  thorax", "Thorax Abdomen", "100%", "1000", "a_b", "aXb", "a%b", "[x]", "x", "ab*"),
-    *("what?", 'O\'Brien "q"', "it's", "A|B", "--", "Ω", "#;,"),
+    *("what?", "whatever", 'O\'Brien "q"', "it's", "A|B", "--", "Ω", "#;,"),
     *("Größe", "GRÖSSE", "Gro\u0308ße", "Κεφαλής", "ΚΕΦΑΛΉΣ", "胸部", "흉부"),
 )
 _NAMES = (
@@ -61,6 +61,13 @@ ODD: dict[str, tuple[str, ...]] = {
 }
 """Values that break them, are empty, or are several."""
 
+
+def some_of(vr: str, start: int) -> tuple[str, ...]:
+    """A few values, of which some can be taken for each other, as neighbours can."""
+    sound, odd = SOUND[vr] * 2, ODD[vr]
+    return *sound[start % len(SOUND[vr]) :][:4], odd[start % len(odd)]
+
+
 STORED = tuple(
     each for each in ATTRIBUTES if ATTRIBUTES[each].vr in SOUND and each not in (*REQUESTS, "ModalitiesInStudy")
 )
@@ -79,7 +86,7 @@ _TEXT_CHANGES = (
     *("as it is", "upper", "lower", "first half*", "*last half", "*middle*", "a ? for a letter", "*", "decomposed"),
     "list",
 )
-_NAME_CHANGES = (*_TEXT_CHANGES[:-1], "a word", "a word's beginning", "two words")
+_NAME_CHANGES = (*_TEXT_CHANGES[:-1], "one group", "bare", "a word", "a word's beginning", "two words")
 _RANGES = ("as it is", "from", "to", "between")
 CHANGES = {
     **dict.fromkeys(("LO", "SH", "CS"), _TEXT_CHANGES),
@@ -89,6 +96,9 @@ CHANGES = {
     "UI": ("as it is", "list"),
 }
 """What a query can make of a stored value, by VR."""
+
+
+_BARE = str.maketrans("äöüάόύώίή", "aouαουωιη")
 
 
 def asked(keyword: str, value: str, change: str, other: str) -> tuple[str, bool] | None:
@@ -130,6 +140,8 @@ def asked(keyword: str, value: str, change: str, other: str) -> tuple[str, bool]
                 "a ? for a letter": f"{value[:half]}?{value[half + 1 :]}",
                 "*": "*",
                 "decomposed": unicodedata.normalize("NFD", value),
+                "one group": value.split("=")[half % (value.count("=") + 1)],
+                "bare": value.translate(_BARE),
             }
             made, is_fuzzy = texts.get(change, ""), False
     is_meaningful = any(each.isalnum() or each in "*?#%-" for each in made) and made.strip(" ^=\\") != ""

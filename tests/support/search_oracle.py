@@ -132,7 +132,7 @@ class Archive:
             self._row(level, each)
             for each in self._newest_first(level)
             if each.uids[: len(scope)] == tuple(scope)
-            and all(any(map(test, self._texts(keyword, each))) for keyword, test in tests)
+            and all(any(map(test, self._texts(keyword, each, is_fuzzy=is_fuzzy))) for keyword, test in tests)
         ]
 
     def _newest_first(self, level: str) -> Iterator[Instance]:
@@ -144,12 +144,15 @@ class Archive:
         for key in sorted(keys, key=lambda key: self.seen[key], reverse=True):
             yield self._newest[key]
 
-    def _texts(self, keyword: str, instance: Instance) -> list[str]:
-        """What an attribute says of an instance: those of its study and series say what the newest one there says."""
+    def _texts(self, keyword: str, instance: Instance, *, is_fuzzy: bool) -> list[str]:
+        """What an attribute says of an instance: those of its study and series say what the newest one there says.
+        Fuzzy matching looks at the words of all names together.
+        """
         if keyword == "ModalitiesInStudy":
             return [each.texts("Modality")[0] for each in self._series(instance.study)]
         length = LEVELS.index(ATTRIBUTES[keyword].level) + 1
-        return self._newest[instance.uids[:length]].texts(keyword)
+        texts = self._newest[instance.uids[:length]].texts(keyword)
+        return [" ".join(texts)] if is_fuzzy and ATTRIBUTES[keyword].vr == "PN" else texts
 
     def _series(self, study: str) -> list[Instance]:
         """The newest instance of each series of a study."""
@@ -208,11 +211,11 @@ def _is_name(value: str) -> Callable[[str], bool]:
     """A name matches by itself or by one of its component groups."""
     if set(value.strip(" ")) == {"*"}:
         return lambda text: True
-    wanted = name(value)
-    pattern = wildcards(wanted)
     if "*" in value or "?" in value:
+        pattern = wildcards(name(value))
         return lambda text: any(each and pattern.fullmatch(each) for each in (name(text), *name(text).split("=")))
-    return lambda text: wanted != "" and wanted in (name(text), *name(text).split("="))
+    wanted = {name(each) for each in value.split("\\")} - {""}
+    return lambda text: not wanted.isdisjoint({name(text), *name(text).split("=")})
 
 
 def _within(value: str, first: Callable[[str], str | None], last: Callable[[str], str | None]) -> Callable[[str], bool]:

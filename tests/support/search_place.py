@@ -33,7 +33,7 @@ from dicom_depot.domain.search import Level
 from dicom_depot.services.metadata import MetadataReader
 from dicom_depot.services.search import SearchAnswer, SearchService
 from tests.support.search_data import ROW_FIELDS, file_of, row_of
-from tests.support.search_oracle import ATTRIBUTES, Archive, Instance, Row
+from tests.support.search_oracle import ATTRIBUTES, LEVELS, Archive, Instance, Row
 
 
 class Event(NamedTuple):
@@ -117,6 +117,12 @@ class Place:
         """The rows, and how many follow; nobody asked before, so that this is as of now."""
         answer = self.ask(query, f"somebody {next(_keys)}")
         return [row_of(query.level, result) for result in answer.results], answer.remaining
+
+    def uids(self, query: Query) -> list[tuple[str, ...]]:
+        """Those of what is found, straight from the index."""
+        wanted = parse_search(query.parameters(), SearchResource(Level(query.level)), {})
+        found = self.service.index.page(wanted.query, wanted.limit, wanted.offset).found
+        return [tuple(str(each.ref).split("/"))[: LEVELS.index(query.level) + 1] for each in found]
 
     def expected(self, query: Query) -> list[Row]:
         return self.archive.search(query.level, query.scope, query.filters, is_fuzzy=query.is_fuzzy)
