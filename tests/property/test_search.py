@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -14,9 +12,9 @@ from hypothesis import strategies as st
 from dicom_depot.codec.search_values import columns_of, loads
 from dicom_depot.domain.matching import column_form
 from dicom_depot.domain.search import ATTRIBUTES as OURS
-from tests.support.search_data import CHANGES, CLASSES, ODD, ROUTES, SOUND, STORED, asked, row_of, searchable, some_of
-from tests.support.search_oracle import ATTRIBUTES, REQUESTS, Archive, Instance
-from tests.support.search_place import Event, Place, Query, index_rows, make_older, place, read_of, walking
+from tests.support.search_data import CHANGES, CLASSES, ODD, ROUTES, SOUND, STORED, asked, row_of, some_of
+from tests.support.search_oracle import ATTRIBUTES, REQUESTS, Instance
+from tests.support.search_place import Event, Place, Query, Wish, index_rows, make_older, place, read_of, walking
 
 EVERYTHING = 200
 
@@ -41,41 +39,6 @@ def _events(start: int) -> st.SearchStrategy[list[Event]]:
 
 
 EVENTS = st.integers(0, 60).flatmap(_events)
-
-
-class Wish(NamedTuple):
-    """A query, of which is decided later what of the stored instances it is made from."""
-
-    route: tuple[str, int]
-    base: int
-    other: int
-    filters: Sequence[tuple[int, int]]
-    limit: int
-    offset: int
-
-    def of(self, archive: Archive) -> Query:
-        """Made of what is stored: it asks for what one instance says, or almost."""
-        level, length = self.route
-        nobody = Instance("1.1", "1.1", "5")
-        base, other = (archive.live[each % len(archive.live)] if archive.live else nobody for each in self[1:3])
-        told = sorted(
-            (each for each in searchable(level, length) if base.told(each)),
-            key=lambda each: ATTRIBUTES[each].vr == "UI",
-        )
-        filters: dict[str, str] = {}
-        is_fuzzy = False
-        for number, change_number in self.filters if told else ():
-            keyword = told[number % len(told)] if number else searchable(level, length)[-1]
-            changes = CHANGES[ATTRIBUTES[keyword].vr]
-            change = changes[change_number % len(changes)]
-            made = asked(keyword, base.told(keyword), change, other.told(keyword))
-            is_name = ATTRIBUTES[keyword].vr == "PN"
-            if made is None or (is_name and any(ATTRIBUTES[each].vr == "PN" for each in filters)):
-                continue  # fuzzy matching is of all names of a query
-            if keyword not in REQUESTS or not any(each in filters for each in REQUESTS):
-                filters[keyword] = made[0]
-                is_fuzzy |= made[1]
-        return Query(level, base.uids[:length], tuple(filters.items()), is_fuzzy, self.limit, self.offset)
 
 
 _PICK = st.integers(0, 60)

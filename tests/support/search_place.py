@@ -32,8 +32,8 @@ from dicom_depot.domain.search import ATTRIBUTES as OURS
 from dicom_depot.domain.search import Level
 from dicom_depot.services.metadata import MetadataReader
 from dicom_depot.services.search import SearchAnswer, SearchService
-from tests.support.search_data import ROW_FIELDS, file_of, row_of
-from tests.support.search_oracle import ATTRIBUTES, LEVELS, Archive, Instance, Row
+from tests.support.search_data import CHANGES, ROW_FIELDS, asked, file_of, row_of, searchable
+from tests.support.search_oracle import ATTRIBUTES, LEVELS, REQUESTS, Archive, Instance, Row
 
 
 class Event(NamedTuple):
@@ -66,6 +66,41 @@ class Query(NamedTuple):
             "INCLUDEFIELD": ROW_FIELDS,
         }
         return [*named, *((name, str(value)) for name, value in settings.items())]
+
+
+class Wish(NamedTuple):
+    """A query, of which is decided later what of the stored instances it is made from."""
+
+    route: tuple[str, int]
+    base: int
+    other: int
+    filters: Sequence[tuple[int, int]]
+    limit: int
+    offset: int
+
+    def of(self, archive: Archive) -> Query:
+        """Made of what is stored: it asks for what one instance says, or almost."""
+        level, length = self.route
+        nobody = Instance("1.1", "1.1", "5")
+        base, other = (archive.live[each % len(archive.live)] if archive.live else nobody for each in self[1:3])
+        told = sorted(
+            (each for each in searchable(level, length) if base.told(each)),
+            key=lambda each: ATTRIBUTES[each].vr == "UI",
+        )
+        filters: dict[str, str] = {}
+        is_fuzzy = False
+        for number, change_number in self.filters if told else ():
+            keyword = told[number % len(told)] if number else searchable(level, length)[-1]
+            changes = CHANGES[ATTRIBUTES[keyword].vr]
+            change = changes[change_number % len(changes)]
+            made = asked(keyword, base.told(keyword), change, other.told(keyword))
+            is_name = ATTRIBUTES[keyword].vr == "PN"
+            if made is None or (is_name and any(ATTRIBUTES[each].vr == "PN" for each in filters)):
+                continue  # fuzzy matching is of all names of a query
+            if keyword not in REQUESTS or not any(each in filters for each in REQUESTS):
+                filters[keyword] = made[0]
+                is_fuzzy |= made[1]
+        return Query(level, base.uids[:length], tuple(filters.items()), is_fuzzy, self.limit, self.offset)
 
 
 @cache

@@ -68,9 +68,13 @@ class RunningService:
         return self.data_dir.parent / f"{self.data_dir.name}.serve.log"
 
     def start(self) -> None:
-        """Start, and return once the service answers."""
+        """Start, and return once the service answers. One that does not is ended again."""
         self.launch()
-        self.wait_until_answering()
+        try:
+            self.wait_until_answering()
+        except BaseException:
+            self.stop()
+            raise
 
     def launch(self) -> None:
         """Start, and return at once."""

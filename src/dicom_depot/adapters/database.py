@@ -111,7 +111,7 @@ def _prepare(connection: Any, _record: Any) -> None:
         "journal_mode=WAL",
         "synchronous=FULL",
         "foreign_keys=ON",
-        "cache_size=-65536",
+        "cache_size=-16384",
         "journal_size_limit=67108864",
         "temp_store=MEMORY",
     ):
