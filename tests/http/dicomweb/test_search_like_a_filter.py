@@ -6,9 +6,9 @@ from random import Random
 from urllib.parse import urlencode
 
 from tests.http.dicomweb.conftest import Web
-from tests.support.search_data import CLASSES, ROUTES, SOUND, STORED, row_of
+from tests.support.search_data import CLASSES, ROUTES, SOUND, STORED, file_of, row_of
 from tests.support.search_oracle import ATTRIBUTES, INSTANCE, SERIES, STUDY, Archive, Instance
-from tests.support.search_place import Query, Wish, file_of
+from tests.support.search_place import Query, Wish
 
 _NAMES = {STUDY: "studies", SERIES: "series", INSTANCE: "instances"}
 _PATHS = ("", "/studies/{}", "/studies/{}/series/{}")
