@@ -120,3 +120,10 @@ def codes_in(path: Path) -> Iterator[str]:
                     yield args[0].value
             case _:
                 pass
+
+
+def test_the_version_is_printed_without_a_command() -> None:
+    answer = subprocess.run(
+        [sys.executable, "-m", "dicom_depot", "--version"], capture_output=True, text=True, check=True
+    )
+    assert answer.stdout.strip() == dicom_depot.__version__

@@ -147,7 +147,7 @@ def compared(client: DICOMwebClient, archive: Archive) -> Compared:
 @pytest.mark.parametrize("keyword", [*_KEYWORDS, *REQUESTS])
 def test_every_value_that_is_there_is_found(compared: Compared, keyword: str) -> None:
     level = ATTRIBUTES[keyword].level
-    values = compared.values(keyword)[:25]
+    values = compared.values(keyword)[:15]
     hits = 0
     for value in values:
         expected = compared.expected(level, {keyword: value})
@@ -161,12 +161,12 @@ def test_parts_of_values_are_found_by_wildcards(compared: Compared) -> None:
     asked = 0
     for keyword in ("PatientName", "StudyDescription", "PatientID", "Modality", "ManufacturerModelName"):
         level = ATTRIBUTES[keyword].level
-        for value in compared.values(keyword)[:12]:
+        for value in compared.values(keyword)[:8]:
             for part in (f"{value[:3]}*", f"*{value[-2:]}", f"?{value[1:].upper()}", f"*{value[1:4].lower()}*"):
                 expected = compared.expected(level, {keyword: part})
                 assert compared.found(level, {keyword: part}) == expected, part
                 asked += bool(expected)
-    assert asked > 120
+    assert asked > 80
 
 
 def test_words_of_names_are_found_fuzzily(compared: Compared) -> None:
@@ -189,7 +189,7 @@ def test_ranges_of_dates_and_times_are_found(compared: Compared) -> None:
 
 
 def test_attributes_of_all_levels_are_asked_for_together(compared: Compared) -> None:
-    for each in compared.archive.live[::7]:
+    for each in compared.archive.live[::11]:
         filters = {
             "StudyInstanceUID": each.study,
             "SeriesInstanceUID": each.series,
@@ -257,7 +257,7 @@ def test_rendered_instances_and_frames_are_pictures_of_their_size(
     rendered = 0
     for uids, data_set in data_sets.items():
         size = (data_set.get("Columns"), data_set.get("Rows"))
-        if "PixelData" not in data_set or rendered >= 20:
+        if "PixelData" not in data_set or rendered >= 10:
             continue
         try:
             for media_type, form in (("image/png", "PNG"), ("image/jpeg", "JPEG")):
@@ -270,4 +270,4 @@ def test_rendered_instances_and_frames_are_pictures_of_their_size(
             assert "406" in str(error), uids  # noqa: PT017
             continue
         rendered += 1
-    assert rendered == 20
+    assert rendered == 10

@@ -23,7 +23,7 @@ from tests.http.dicomweb.conftest import Web, make
 from tests.support.archive import Archive, import_by_command
 from tests.support.service import RunningService
 
-_COUNT = 6000
+_COUNT = 2000
 _TAGS = [
     {"path": "Columns", "level": "Instance"},
     {"path": "Manufacturer", "level": "Series"},
@@ -46,7 +46,7 @@ def archive(imported: Archive, tmp_path: Path) -> Archive:
 
 @pytest.fixture
 def web(archive: Archive) -> Iterator[Web]:
-    service = RunningService(archive.data_dir, {"chunk_instances": 200})
+    service = RunningService(archive.data_dir, {"chunk_instances": 50})
     service.start()
     running = Web(service)
     yield running
@@ -130,7 +130,7 @@ def test_canceled_it_leaves_tags_that_cannot_be_searched_and_resumed_it_complete
     archive: Archive, web: Web
 ) -> None:
     operation_id = _add(web)
-    _until_some(archive, 500)
+    _until_some(archive, 300)
     second = web.client.post("/v2/extendedquerytags", json=[{"path": "PatientAge", "level": "Study"}])
     assert second.status_code == 409
     assert second.headers["Location"] == f"{web.service.url}/v2/operations/{operation_id}"

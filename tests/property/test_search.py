@@ -53,7 +53,7 @@ WISHES = st.tuples(
 
 
 bounded = settings(
-    max_examples=40,
+    max_examples=25,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
 )
@@ -146,7 +146,7 @@ def test_after_any_history_the_index_says_what_a_new_one_of_what_is_left_would(e
         assert index_rows(here.database) == index_rows(fresh.database)
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(EVENTS)
 def test_a_database_of_the_release_before_is_brought_to_the_same(events: list[Event]) -> None:
     with place() as here, tempfile.TemporaryDirectory() as folder:
@@ -162,7 +162,7 @@ def test_a_database_of_the_release_before_is_brought_to_the_same(events: list[Ev
         older.close()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.integers(0, 60).flatmap(instances))
 def test_the_metadata_of_an_instance_says_what_its_header_says(instance: Instance) -> None:
     read = read_of(instance)

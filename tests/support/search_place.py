@@ -146,7 +146,7 @@ class Place:
         scope = parse_identifier("/".join(query.scope)) if query.scope else None
         assert not isinstance(scope, InstanceRef)
         search = parse_search(query.parameters(), SearchResource(Level(query.level), scope), self.service.extended())
-        return self.service.search(search, "standard", "http://depot/studies", asked_by)
+        return self.service.search(search, "standard", "http://depot/studies", (asked_by,))
 
     def found(self, query: Query) -> tuple[list[Row], int | None]:
         """The rows, and how many follow; nobody asked before, so that this is as of now."""

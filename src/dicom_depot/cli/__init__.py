@@ -39,17 +39,17 @@ app.add_typer(identity_command.app, name="identity")
 app.add_typer(operations_command.app, name="operations")
 
 
-@app.callback()
-def _root(
-    context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and end.")] = False,
-) -> None:
-    context.ensure_object(dict)
-    if version:
+def _print_version(is_wanted: bool) -> None:
+    if is_wanted:
         typer.echo(importlib.metadata.version("dicom-depot"))
         raise typer.Exit
 
 
-def main() -> None:
-    """Entry point of the `dicom-depot` command."""
-    app()
+@app.callback()
+def _root(
+    context: typer.Context,
+    _version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and end.")
+    ] = False,
+) -> None:
+    context.ensure_object(dict)

@@ -69,13 +69,17 @@ class SearchService:
         """The extended query tags, by their tags."""
         return {tag.tag: tag for tag in self.tags.all()}
 
-    def search(self, search: Search, answer_set: AnswerSet, studies_url: str, asked_by: str) -> SearchAnswer:
-        """One page of results. `studies_url`: below which they are retrieved; `asked_by`: whose pages these are."""
-        key = (asked_by, search.query)
-        newest = self._anchors.get(key) if search.offset else None
-        if newest is None and not search.offset:
+    def search(self, search: Search, answer_set: AnswerSet, studies_url: str, asked_by: Sequence[str]) -> SearchAnswer:
+        """One page of results. `studies_url`: below which they are retrieved; `asked_by`: whose pages these are, the
+        narrowest description first: of two who are one by the wider one, each keeps its own pages by the narrower.
+        """
+        keys = [(who, search.query) for who in asked_by]
+        if search.offset:
+            newest = next((known for key in keys if (known := self._anchors.get(key)) is not None), None)
+        else:
             newest = self.index.newest(search.query.level)
-            self._anchors.set(key, newest)
+            for key in keys:
+                self._anchors.set(key, newest)
         page = self.index.page(search.query, search.limit, search.offset, newest)
         return SearchAnswer(self._results(search, page.found, answer_set, studies_url), page.remaining)
 

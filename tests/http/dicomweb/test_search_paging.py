@@ -26,8 +26,7 @@ SEARCHES: tuple[tuple[str, int, dict[str, str]], ...] = (
     ("instances", 200, {"Modality": "CT"}),
     ("instances", 200, {}),
     ("series", 9, {"PatientID": "SYNTHETIC*", "Modality": "CT"}),
-    ("studies", 3, {"ModalitiesInStudy": "CT"}),
-    ("studies", 3, {}),
+    ("studies", 4, {"ModalitiesInStudy": "CT"}),
 )
 """What is searched, the size of a page, and the query."""
 
@@ -161,3 +160,20 @@ def test_a_page_has_100_results_unless_another_limit_is_given(
         last = client.get("/v2/instances", params={"PatientID": "SYNTHETIC000000", "offset": count})
         assert [first(each, "00080018") for each in last.json()] == quiet["instances"][-100:]
         assert "Warning" not in last.headers
+
+
+def test_another_client_that_asks_the_same_does_not_move_the_pages(
+    service: RunningService, quiet: dict[str, list[str]], writers: Writers
+) -> None:
+    """Where nobody signs in, all are one caller; they are told apart by their connections."""
+    with (
+        writers.storing(),
+        httpx.Client(base_url=service.url, timeout=60) as client,
+        httpx.Client(base_url=service.url, timeout=60) as other,
+    ):
+        found: list[str] = []
+        while len(found) < 1000:
+            page = client.get("/v2/instances", params={"limit": 200, "offset": len(found)})
+            found += [first(each, "00080018") for each in page.json()]
+            other.get("/v2/instances", params={"limit": 200}).raise_for_status()
+    assert len(set(found)) == len(found)

@@ -112,7 +112,9 @@ def _search(request: Request, resource: SearchResource, caller: Caller) -> Respo
     search = parse_search(_parameters(request), resource, extended)
     answer_set: AnswerSet = version_of(request) if is_versioned(request) else "standard"
     root = f"{base_url(request)}/v{version_of(request)}" if is_versioned(request) else base_url(request)
-    answer = service.search(search, answer_set, f"{root}/studies", caller.key)
+    peer = request.client
+    connection = f"{caller.key}\0{peer.host}\0{peer.port}" if peer is not None else caller.key
+    answer = service.search(search, answer_set, f"{root}/studies", (connection, caller.key))
     headers = _warnings(request, answer)
     matched = [extended[path[0]] for path in search.matched if path[0] in extended]
     if erroneous := [tag.path for tag in matched if tag.error_count]:
