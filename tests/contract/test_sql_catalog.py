@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
 import sqlite3
 import threading
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -90,7 +92,9 @@ def place(tmp_path: Path) -> Iterator[Place]:
 
 
 def metadata_of(identifier: str) -> Metadata:
-    return Metadata(f"json of {identifier}".encode(), f"layout of {identifier}".encode())
+    """Told apart by an attribute and by its layout."""
+    content = {"00104000": {"vr": "LT", "Value": [identifier]}}
+    return Metadata(zlib.compress(json.dumps(content).encode()), f"layout of {identifier}".encode())
 
 
 def with_syntax(identifier: str, syntax: str) -> InstanceRecord:
@@ -279,7 +283,7 @@ def test_metadata_is_given_for_those_that_have_it(place: Place) -> None:
 def test_metadata_belongs_to_its_own_instance_however_they_were_stored(place: Place) -> None:
     place.store_with_metadata("1/2/3")
     mixed = [replace(make_record(f"1/2/{n}"), metadata=metadata_of(f"1/2/{n}") if n % 3 else None) for n in range(30)]
-    replacing = replace(make_record("1/2/7", "new", may_replace=True), metadata=Metadata(b"new", b"layout"))
+    replacing = replace(make_record("1/2/7", "new", may_replace=True), metadata=metadata_of("new"))
     assert AddOutcome.REPLACED in place.index.add([*mixed, replacing])
     place.delete("1/2/8")
     place.sweep()  # makes gaps in the ids
@@ -289,7 +293,7 @@ def test_metadata_belongs_to_its_own_instance_however_they_were_stored(place: Pl
         is_kept = identifier.startswith("2/") or number % 3 or number == 3
         expected = {id_: metadata_of(identifier)} if is_kept else {}
         if identifier == "1/2/7":
-            expected = {id_: Metadata(b"new", b"layout")}
+            expected = {id_: metadata_of("new")}
         assert place.catalog.metadata([id_]) == expected, identifier
 
 
@@ -353,7 +357,7 @@ def test_to_add_metadata_again_changes_nothing_and_never_goes_back(place: Place)
     found = {id_: metadata_of(ref) for ref, id_ in ids.items()}
     for _ in range(2):
         place.catalog.add_metadata(found, max(found))
-    place.catalog.add_metadata({ids["1/2/3"]: Metadata(b"late", b"late")}, min(found))
+    place.catalog.add_metadata({ids["1/2/3"]: metadata_of("late")}, min(found))
     assert place.catalog.metadata(list(found)) == found
     assert place.catalog.without_metadata(10) == ([], None)
 
@@ -374,3 +378,16 @@ def test_two_refs_that_begin_alike_are_not_taken_for_each_other(place: Place) ->
     refs: list[Ref] = [parse_identifier(each) for each in ("1", "1/2", "1/2/3")]
     assert [len(place.catalog.instances(ref, None, 10)[0]) for ref in refs] == [3, 2, 1]
     assert [place.catalog.version_of(ref).instance_count for ref in refs] == [3, 2, 1]
+
+
+def test_what_the_newest_instance_says_is_searched_once_its_metadata_is_there(place: Place) -> None:
+    place.store("1/2/3", "1/2/4")
+    ids = place.ids("1")
+    older, newest = ({"00100020": {"vr": "LO", "Value": [value]}} for value in ("OLD", "New"))
+    found = {
+        id_: Metadata(zlib.compress(json.dumps(content).encode()), b"layout")
+        for id_, content in ((ids["1/2/3"], older), (ids["1/2/4"], newest))
+    }
+    place.catalog.add_metadata(found, max(found))
+    with place.database.read() as connection:
+        assert connection.exec_driver_sql("SELECT patient_id FROM studies").all() == [("new",)]
