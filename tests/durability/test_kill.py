@@ -172,7 +172,7 @@ def _assert_gone(pids: list[int], *, within_seconds: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kills", "seed"), [(20, 1), pytest.param(60, None, marks=pytest.mark.long)], ids=["20 kills", "60 kills"]
+    ("kills", "seed"), [(8, 1), pytest.param(60, None, marks=pytest.mark.long)], ids=["8 kills", "60 kills"]
 )
 def test_killed_at_random_moments_every_export_ends_as_if_nothing_had_happened(
     place: Place, kills: int, seed: int | None

@@ -31,6 +31,7 @@ from benchmarks.dicomweb_load import BOUNDARY, Template, read_answer
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.long
 def test_a_quick_run_of_our_side_alone_prints_the_table_and_writes_every_figure(tmp_path: Path) -> None:
     figures = tmp_path / "figures.json"
     command = [sys.executable, "-m", "benchmarks.dicomweb", "--quick", "--only", "depot", "--json", str(figures)]

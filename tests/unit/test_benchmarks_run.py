@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 RUN = Path(__file__).parents[2] / "benchmarks" / "run.py"
 
 
+@pytest.mark.long
 def test_a_quick_run_prints_the_table_and_writes_every_figure(tmp_path: Path) -> None:
     figures = tmp_path / "figures.json"
     done = subprocess.run(

@@ -45,6 +45,7 @@ from tests.support.search_oracle import INSTANCE, SERIES, STUDY
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.long
 def test_a_quick_run_of_our_side_alone_checks_every_answer_and_writes_every_figure(tmp_path: Path) -> None:
     figures = tmp_path / "figures.json"
     command = [sys.executable, "-m", "benchmarks.search", "--quick", "--only", "depot", "--json", str(figures)]

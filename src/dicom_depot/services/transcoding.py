@@ -102,7 +102,8 @@ class _Process:
         far.close()
 
     def is_alive(self) -> bool:
-        return self._process.poll() is None
+        """Of an idle one. It says nothing unasked: what there is to be read is the end of its pipe."""
+        return self._process.poll() is None and not self._pipe.poll()
 
     def call(self, name: str, arguments: tuple[object, ...]) -> Any:
         """What the function returned, or the error of ours that it raised."""
