@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,22 +27,6 @@ UID = re.compile(r"[0-9.]{0,63}[0-9]")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService]:
     with running_service(tmp_path_factory.mktemp("client") / "data") as running:
         yield running
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _deep_enough() -> Iterator[None]:
-    """The client's reader of JSON recurses; one file nests 200 deep."""
-    limit = sys.getrecursionlimit()
-    sys.setrecursionlimit(10_000)
-    yield
-    sys.setrecursionlimit(limit)
-
-
-@pytest.fixture(scope="module")
-def client(service: RunningService) -> DICOMwebClient:
-    made = DICOMwebClient(url=f"{service.url}/v2")
-    made.set_http_retry_params(retry=False)
-    return made
 
 
 @pytest.fixture(scope="module")

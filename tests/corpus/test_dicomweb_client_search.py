@@ -7,7 +7,6 @@ from __future__ import annotations
 import io
 import itertools
 import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,22 +44,6 @@ def service(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     run_command("import", str(corpus), data_dir=folder / "data", check=False)
     with running_service(folder / "data") as running:
         yield running
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _deep_enough() -> Iterator[None]:
-    """The client's reader of JSON recurses; one file nests 200 deep."""
-    limit = sys.getrecursionlimit()
-    sys.setrecursionlimit(10_000)
-    yield
-    sys.setrecursionlimit(limit)
-
-
-@pytest.fixture(scope="module")
-def client(service: RunningService) -> DICOMwebClient:
-    made = DICOMwebClient(url=f"{service.url}/v2")
-    made.set_http_retry_params(retry=False)
-    return made
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dicom_depot.codec.qido import SearchResource, parse_search
+from dicom_depot.codec.qido import SearchResource, parse_filters, parse_search
 from dicom_depot.domain.errors import InvalidRequest
 from dicom_depot.domain.query_tags import QueryTag, TagStatus
 from dicom_depot.domain.search import Between, Exactly, Level, Match
@@ -53,3 +53,9 @@ def test_a_time_zone_or_what_is_no_moment_is_refused(value: str) -> None:
     with pytest.raises(InvalidRequest) as raised:
         match_of(value)
     assert raised.value.target == "AcquisitionDateTime"
+
+
+def test_a_date_with_dashes_is_told_how_dates_are_written() -> None:
+    for value in ("2024-01-31", "2024-01-31-2024-02-29"):
+        with pytest.raises(InvalidRequest, match="without dashes, as 20240131"):
+            parse_filters([("StudyDate", value)], [Level.STUDY], {})

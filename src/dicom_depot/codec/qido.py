@@ -58,6 +58,7 @@ _BY_PATH: dict[TagPath, Attribute] = {
 }
 _TAG = re.compile(r"[0-9A-Fa-f]{8}", re.ASCII)
 _NUMBER = re.compile(r"[+-]?[0-9]{1,12}", re.ASCII)
+_DASHED_DATE = re.compile(r"\d{4}-\d{2}-\d{2}", re.ASCII)
 _KEYWORDS = {attribute.keyword.lower(): attribute.keyword for attribute in SEARCHABLE}
 
 
@@ -280,6 +281,8 @@ def _moment(vr: str, name: str, value: str) -> Match:
         first, last = _ends(vr, name, value)
         return Exactly((first,)) if first == last else Between(first, last)
     if "-" in high:
+        if vr != "TM" and _DASHED_DATE.match(value):
+            raise InvalidRequest(f"{name}: dates are written without dashes, as 20240131.", target=name)
         reason = "write <from>-<to>, <from>- or -<to>" + (", without time zones" if vr == "DT" else "")
         raise InvalidRequest(f"{name}: the value has more than one '-': {reason}.", target=name)
     if not low.strip() and not high.strip():
